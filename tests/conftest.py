@@ -1,0 +1,31 @@
+"""Every module of minillm is imported under jaxtyping's hook with beartype: the shapes in the signatures are checked."""
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook("minillm", "beartype.beartype")
+_hook.__enter__()
+
+import torch  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test starts from the same random state, and leaves global torch settings as it found them."""
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)

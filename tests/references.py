@@ -1,0 +1,1 @@
+"""Slow, obvious versions of things: each is the specification that the real code must equal."""
