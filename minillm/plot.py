@@ -49,7 +49,12 @@ _STYLE: dict[str, Any] = {
 
 
 def panels(
-    *titles: str, x: str | list[str], y: str | list[str], width: float = 7.0, height: float = 3.4, share_y: bool = False
+    *titles: str,
+    x: str | list[str],
+    y: str | list[str],
+    width: float = 7.0,
+    height: float = 3.4,
+    share_y: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """One row of axes, a title each. `x` and `y` are axis labels with their unit, one for all or one each."""
     import matplotlib.pyplot as plt

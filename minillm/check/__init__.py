@@ -83,7 +83,9 @@ def laws(exercise: str) -> list[Law]:
     except ModuleNotFoundError as error:
         if error.name != f"minillm.check.{module}":
             raise
-        raise ValueError(f"no exercises for chapter {module!r}; write check('norm.rms_norm', yours)") from None
+        raise ValueError(
+            f"no exercises for chapter {module!r}; write check('norm.rms_norm', yours)"
+        ) from None
     if exercise not in _LAWS:
         known = ", ".join(sorted(name for name in _LAWS if name.startswith(module + ".")))
         raise ValueError(f"no exercise {exercise!r}; chapter {module!r} has {known}")
@@ -108,17 +110,23 @@ def check(exercise: str, candidate: Any, *, quiet: bool = False) -> Report:
             reasons[rule] = None
         except Exception as error:  # a candidate may fail in any way at all; the reader must see which
             text = (str(error).strip().splitlines() or [""])[0]
-            reasons[rule] = text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
+            reasons[rule] = (
+                text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
+            )
     report = Report(exercise=exercise, reasons=reasons)
     if not quiet:
         print(report)
     return report
 
 
-def close(actual: Any, expected: torch.Tensor, *, rtol: float = 1e-4, atol: float = 1e-5, what: str = "value") -> None:
+def close(
+    actual: Any, expected: torch.Tensor, *, rtol: float = 1e-4, atol: float = 1e-5, what: str = "value"
+) -> None:
     """Assert that two tensors have one shape and one dtype and agree, with a message that a reader can use."""
     assert isinstance(actual, torch.Tensor), f"expected a tensor, got {type(actual).__name__}"
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
     if not torch.allclose(actual, expected, rtol=rtol, atol=atol, equal_nan=False):
         worst = (actual.double() - expected.double()).abs().max().item()
