@@ -19,6 +19,7 @@ import re
 import shutil
 import textwrap
 import tomllib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,11 @@ def link_papers(text: str) -> str:
     )
 
 
+def unbroken(row: re.Match[str]) -> str:
+    """A table row whose numbers do not break at a hyphen: 1e-5 on one line."""
+    return re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", row[0])
+
+
 def defined_names(source: str) -> list[str]:
     """The names that an exported cell defines."""
     names: list[str] = []
@@ -240,7 +246,7 @@ def notebook_page(text: str, chapters: list[Chapter]) -> str:
     for cell in notebook["cells"]:
         source = text_of(cell)
         if cell["cell_type"] == "markdown":
-            cell["source"] = link_papers(mend_links(source, chapters, "../"))
+            cell["source"] = re.sub(r"(?m)^\|.*$", unbroken, link_papers(mend_links(source, chapters, "../")))
         elif cell["cell_type"] == "code":
             directives = re.findall(r"^#\| ?(\w+)", source, re.M)
             if "default_exp" in directives:
@@ -330,6 +336,9 @@ def link_definitions(app: Sphinx, doctree: nodes.document) -> None:
                 )
             cell.insert(0, label)
     elif docname.startswith("api/"):
+        for paragraph in list(doctree.findall(nodes.paragraph)):
+            if paragraph.astext() == "Bases: object":
+                paragraph.parent.remove(paragraph)
         for signature in doctree.findall(addnodes.desc_signature):
             for literal in signature.findall(nodes.inline):  # shapes as they are written: "B T D"
                 value = literal.astext()
@@ -356,7 +365,7 @@ def link_definitions(app: Sphinx, doctree: nodes.document) -> None:
 
 def modules() -> list[str]:
     """The package's modules and subpackages, in the book's order: chapters first, then what was written by hand."""
-    order = {chapter.slug: index for index, chapter in enumerate(contents())}
+    order = {chapter.slug: index for index, chapter in enumerate(contents()) if chapter.module}
     names = {path.stem for path in PACKAGE.glob("*.py")} | {
         path.parent.name for path in PACKAGE.glob("*/__init__.py")
     }
@@ -366,12 +375,12 @@ def modules() -> list[str]:
 
 def first_sentence(text: str | None) -> str:
     line = " ".join((text or "").strip().partition("\n\n")[0].split())
-    return line.rstrip(".")
+    return re.split(r"(?<=\w)\. ", line)[0].rstrip(".").replace("|", r"\|")
 
 
 def write_api() -> None:
     """Write book/api/*.md; files that did not change keep their time, so that a rebuild reads only what is new."""
-    chapters = {chapter.slug: chapter for chapter in contents()}
+    chapters = {chapter.slug: chapter for chapter in contents() if chapter.module}
     folder = BOOK / "api"
     pages: dict[str, str] = {}
     rows: dict[bool, list[str]] = {True: [], False: []}
@@ -382,7 +391,7 @@ def write_api() -> None:
             about, intro = chapter.builds, f"*{where}: {chapter.builds}.*\n\n"
         else:
             about, intro = first_sentence(importlib.import_module(f"minillm.{name}").__doc__), ""
-        options = ":members:\n:undoc-members:\n:show-inheritance:\n"
+        options = ":members:\n:show-inheritance:\n"
         pages[name] = f"# minillm.{name}\n\n{intro}```{{eval-rst}}\n.. automodule:: minillm.{name}\n" + (
             textwrap.indent(options, "   ") + "```\n"
         )
@@ -484,13 +493,24 @@ def written_signature(
     return "(" + ", ".join(parts) + ")", result or None
 
 
+def also_members(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Functions and methods of the package are listed for their signature, even where there is no more to say."""
+    function = inspect.unwrap(getattr(obj, "__func__", getattr(obj, "fget", obj)) or obj)
+    own = inspect.isfunction(function) and function.__module__.startswith("minillm.")
+    return False if skip and own and not name.startswith("_") else None
+
+
 def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are plain text with `code`: stars, bars and trailing underscores mean themselves; papers are linked."""
     for index, line in enumerate(lines):
         parts = re.split(r"(``[^`]*``|`[^`]*`)", line)
         for at, part in enumerate(parts):
             if at % 2 == 0:
-                part = re.sub(r"(?<!\\)([*|])", r"\\\1", part)
+                part = re.sub(
+                    r"(?<![\\\w*])(\*\w[^*]*\w\*)(?![\w*])|(?<!\\)([*|])",
+                    lambda star: star[1] or "\\" + star[2],
+                    part,
+                )
                 part = re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part)
                 parts[at] = ARXIV.sub(r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", part)
             elif not part.startswith("``") and not re.fullmatch(r"`[\w.]+`", part):
@@ -558,6 +578,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", read_source)
     app.connect("doctree-read", link_definitions)
     app.connect("autodoc-process-signature", written_signature)
+    app.connect("autodoc-skip-member", also_members)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)
     app.connect("autodoc-process-docstring", whole_one_liner, priority=600)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+    version = zlib.crc32(Path(__file__).read_bytes())  # pages kept from an earlier version are read again
+    return {"env_version": version, "parallel_read_safe": True, "parallel_write_safe": True}
