@@ -28,7 +28,9 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Run every cell in order; raise at the first error."""
     from nbclient import NotebookClient
 
-    NotebookClient(notebook, timeout=900, record_timing=False, resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(
+        notebook, timeout=900, record_timing=False, resources={"metadata": {"path": folder}}
+    ).execute()
 
 
 def main(argv: list[str]) -> int:

@@ -305,6 +305,20 @@ def definitions() -> dict[str, tuple[str, str]]:
     return found
 
 
+def api_link(target: str, text: str, docname: str) -> nodes.Element:
+    """Code that leads to its API entry, if it has one."""
+    return addnodes.pending_xref(
+        "",
+        nodes.literal("", text),
+        refdomain="py",
+        reftype="obj",
+        reftarget=target,
+        refexplicit=True,
+        refwarn=False,
+        refdoc=docname,
+    )
+
+
 def link_definitions(app: Sphinx, doctree: nodes.document) -> None:
     docname = app.env.docname
     if docname.startswith("chapters/"):
@@ -324,17 +338,13 @@ def link_definitions(app: Sphinx, doctree: nodes.document) -> None:
             targets = [f"{module}.{name}" for name in names if not name.startswith("_")] or [module]
             for index, target in enumerate(targets):
                 label += nodes.Text(", " if index else "")
-                label += addnodes.pending_xref(
-                    "",
-                    nodes.literal("", target if index == 0 else target.rpartition(".")[2]),
-                    refdomain="py",
-                    reftype="obj",
-                    reftarget=target,
-                    refexplicit=True,
-                    refwarn=False,
-                    refdoc=docname,
-                )
+                label += api_link(target, target if index == 0 else target.rpartition(".")[2], docname)
             cell.insert(0, label)
+        for literal in list(doctree.findall(nodes.literal)):
+            if re.fullmatch(r"minillm(\.\w+)+", literal.astext()) and isinstance(
+                literal.parent, nodes.paragraph
+            ):
+                literal.replace_self(api_link(literal.astext(), literal.astext(), docname))
     elif docname.startswith("api/"):
         for paragraph in list(doctree.findall(nodes.paragraph)):
             if paragraph.astext() == "Bases: object":
