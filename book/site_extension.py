@@ -335,7 +335,8 @@ def link_definitions(app: Sphinx, doctree: nodes.document) -> None:
             cell["classes"].append("exported")
             cell["ids"] += [f"define-{name}" for name in names]
             label = nodes.paragraph("", "exported to ", classes=["exported-to"])
-            targets = [f"{module}.{name}" for name in names if not name.startswith("_")] or [module]
+            shown = [name for name in names if not name.startswith("_") and len(name) > 1 and name != "log"]
+            targets = [f"{module}.{name}" for name in shown] or [module]
             for index, target in enumerate(targets):
                 label += nodes.Text(", " if index else "")
                 label += api_link(target, target if index == 0 else target.rpartition(".")[2], docname)
