@@ -1,0 +1,387 @@
+"""The command line: `minillm speedrun | pretrain | generate | tokenizer | info`. Bad input exits with 2 and one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from minillm import __version__
+from minillm.checkpoint import MiniLLMError
+
+if TYPE_CHECKING:
+    from minillm.recipes import RunConfig
+
+__all__ = ["main"]
+
+HELP = f"""minillm {__version__}: build a language model piece by piece, then train it.
+
+  minillm speedrun             raw text -> tokenizer -> model -> report, in minutes
+  minillm pretrain             the same up to the trained model
+  minillm generate PROMPT      continue a prompt, or talk, with a trained model
+  minillm tokenizer COMMAND    train a vocabulary; encode and decode text with it
+  minillm info NAME            parameters, memory and FLOPs of a recipe or a run
+
+`minillm COMMAND --help` shows every setting with its default."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """Where and how to run."""
+
+    name: str | None = None
+    """The run's folder in `runs`; by default the recipe's name."""
+    runs: Path = Path("runs")
+    """The folder that holds runs."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto takes bfloat16 where the hardware is fast at it."""
+    restart: bool = False
+    """Begin anew, and throw away what the run's folder holds."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def _parse_run(command: str, description: str, argv: Sequence[str]) -> tuple[RunArgs, RunConfig]:
+    """Two passes: the recipe first, since it gives every other setting its default."""
+    from minillm.recipes import RunConfig, recipe
+
+    name, argv = "tiny", ["--data.sources" if word == "--data" else word for word in argv]
+    for index, word in enumerate(argv):
+        if word == "--recipe" and index + 1 < len(argv):
+            name = argv[index + 1]
+        elif word.startswith("--recipe="):
+            name = word.partition("=")[2]
+    chosen = recipe(name)
+
+    fields = [
+        ("run", Annotated[RunArgs, tyro.conf.arg(name="")], dataclasses.field(default_factory=RunArgs)),
+        (
+            "config",
+            Annotated[RunConfig, tyro.conf.arg(name="")],
+            dataclasses.field(default_factory=lambda: chosen),
+        ),
+    ]
+    both = dataclasses.make_dataclass("Args", fields)
+    args: Any = tyro.cli(both, prog=f"minillm {command}", description=description, args=argv)
+    return args.run, args.config
+
+
+def _run(command: str, argv: Sequence[str]) -> int:
+    descriptions = {
+        "speedrun": "Corpus, tokenizer, shards, pretraining, scores and a report.html, in RUNS/NAME. Ctrl-C saves; the same "
+        "command resumes. Then try `minillm generate`.",
+        "pretrain": "Corpus, tokenizer, shards and pretraining, in RUNS/NAME. Ctrl-C saves; the same command resumes.",
+    }
+    run, config = _parse_run(command, descriptions[command], argv)
+    from minillm.runtime import pick_device, pick_dtype
+    from minillm.speedrun import pretrain, speedrun
+
+    device = pick_device(run.device)
+    dtype = str(pick_dtype(run.dtype, device)).removeprefix("torch.")
+    folder = run.runs / (run.name or config.recipe)
+    start = time.monotonic()
+    work: Callable[..., Any] = speedrun if command == "speedrun" else pretrain
+    outcome = work(
+        config, folder, device=device, dtype=dtype, restart=run.restart, say=_say, progress=not run.quiet
+    )
+    minutes = (time.monotonic() - start) / 60
+    if command == "speedrun":
+        training, results = outcome["training"], outcome["results"]
+        _say(
+            f"\nheld-out loss {training['held_out_nats']:.3f} nats a token, {training['bits_per_byte']:.3f} bits a byte; "
+            f"training {training['tokens_per_s']:,.0f} tokens/s, decoding {results['decode_tokens_per_s']:,.0f} tokens/s"
+        )
+        _say(f"{minutes:.1f} minutes. Report: {outcome['report']}")
+    _say(f'Talk to it: minillm generate --model {folder} "One day, "')
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateArgs:
+    """Continue a prompt with a trained model; without a prompt, read prompts from the terminal, a line each."""
+
+    prompt: Annotated[str | None, tyro.conf.Positional] = None
+    """The text to continue."""
+    model: Path = Path("runs/tiny")
+    """A run's folder, or a model's."""
+    max_new_tokens: int = 200
+    """Stop after so many tokens, if the model does not stop before."""
+    temperature: float = 0.7
+    """0 is greedy; higher is more varied."""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens only."""
+    top_p: float | None = 0.95
+    """Choose among the likeliest tokens that together have this probability."""
+    min_p: float | None = None
+    """Leave out tokens less likely than this share of the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were there become less likely."""
+    n: int = 1
+    """How many continuations."""
+    seed: int | None = None
+    """The same seed gives the same text; by default each call differs."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+def _generate(argv: Sequence[str]) -> int:
+    args = tyro.cli(GenerateArgs, prog="minillm generate", args=list(argv))
+    from minillm.generate import Sampler, stream_text
+    from minillm.runtime import pick_device
+    from minillm.speedrun import load_run
+
+    sampler = Sampler(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    if args.n < 1 or args.max_new_tokens < 1:
+        raise ValueError(f"n and max_new_tokens must be at least 1, got {args.n} and {args.max_new_tokens}")
+    model, tokenizer = load_run(args.model, pick_device(args.device))
+    model.eval()
+
+    def answer(prompt: str, seed: int | None) -> None:
+        room = model.config.max_seq_len - len(tokenizer.encode(prompt))
+        if room < 1:
+            raise ValueError(
+                f"the prompt fills the model's context of {model.config.max_seq_len} tokens: shorten it"
+            )
+        print(prompt, end="", flush=True)
+        limit = min(args.max_new_tokens, room)
+        for piece in stream_text(model, tokenizer, prompt, max_new_tokens=limit, sampler=sampler, seed=seed):
+            print(piece, end="", flush=True)
+        print()
+
+    if args.prompt is not None:
+        if not args.prompt:
+            raise ValueError("the prompt is empty: give at least one character to continue")
+        for index in range(args.n):
+            answer(args.prompt, None if args.seed is None else args.seed + index)
+        return 0
+    if sys.stdin.isatty():
+        print(f"{args.model}: type the beginning of a text; an empty line or Ctrl-D ends.")
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        if not prompt:
+            return 0
+        answer(prompt, args.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerTrain:
+    """Learn a vocabulary from text, and say how well it compresses."""
+
+    files: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files (txt, jsonl, parquet; gz, zst), folders, `stdlib:`; none for the own corpus."""
+    out: Path = Path("tokenizer.json")
+    """Where it is written."""
+    vocab_size: int = 4096
+    """Tokens, bytes and special ones included."""
+    kind: Literal["bpe", "sentencepiece"] = "bpe"
+    """Ours from chapter 04, or SentencePiece's BPE."""
+    max_characters: int = 10_000_000
+    """Read at most so much text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerEncode:
+    """Turn text into token ids, a line each."""
+
+    text: Annotated[str | None, tyro.conf.Positional] = None
+    """The text; by default standard input, line by line."""
+    tokenizer: Path = Path("tokenizer.json")
+    """A tokenizer's file, or a run's folder."""
+    pieces: bool = False
+    """Show the pieces instead of the ids."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerDecode:
+    """Turn token ids back into text."""
+
+    ids: tyro.conf.Positional[tuple[int, ...]] = ()
+    """The ids; by default standard input, a line of ids each."""
+    tokenizer: Path = Path("tokenizer.json")
+    """A tokenizer's file, or a run's folder."""
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from minillm.tokenizer import load_tokenizer
+
+    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def _tokenizer(argv: Sequence[str]) -> int:
+    commands = {"train": TokenizerTrain, "encode": TokenizerEncode, "decode": TokenizerDecode}
+    if not argv or argv[0] not in commands:
+        wanted = bool(argv) and argv[0] in ("-h", "--help")
+        text = "minillm tokenizer train | encode | decode    (each with --help)"
+        print(text if wanted else f"minillm: error: {text}", file=sys.stdout if wanted else sys.stderr)
+        return 0 if wanted else 2
+    args: Any = tyro.cli(commands[argv[0]], prog=f"minillm tokenizer {argv[0]}", args=list(argv[1:]))
+    if argv[0] == "train":
+        return _tokenizer_train(args)
+    tokenizer = _load_tokenizer(args.tokenizer)
+    if argv[0] == "encode":
+        for text in [args.text] if args.text is not None else (line.rstrip("\n") for line in sys.stdin):
+            ids = tokenizer.encode(text)
+            print("|".join(tokenizer.decode([i]) for i in ids) if args.pieces else " ".join(map(str, ids)))
+        return 0
+    for ids in [list(args.ids)] if args.ids else (line.split() for line in sys.stdin):
+        try:
+            numbers = [int(i) for i in ids]
+        except ValueError:
+            raise ValueError(f"token ids are whole numbers, got {' '.join(map(str, ids))!r}") from None
+        if bad := [i for i in numbers if not 0 <= i < tokenizer.vocab_size]:
+            raise ValueError(f"token id {bad[0]} is not in 0..{tokenizer.vocab_size - 1}")
+        print(tokenizer.decode(numbers))
+    return 0
+
+
+def _tokenizer_train(args: TokenizerTrain) -> int:
+    from minillm.corpus import CorpusConfig, generate, read_documents
+    from minillm.tokenizer import compression, train_bpe, train_sentencepiece
+
+    texts, characters = [], 0
+    for document in read_documents(list(args.files)) if args.files else generate(CorpusConfig()):
+        texts.append(document.text)
+        characters += len(document.text)
+        if characters >= args.max_characters:
+            break
+    if not texts:
+        raise MiniLLMError(f"{', '.join(args.files)}: no text to learn from")
+    start = time.monotonic()
+    if args.kind == "bpe":
+        tokenizer = train_bpe(texts, args.vocab_size, progress=True)
+    else:
+        tokenizer = train_sentencepiece(texts, args.vocab_size)
+    tokenizer.save(args.out)
+    rate = compression(tokenizer, texts[:2000])
+    print(
+        f"{args.out}: {tokenizer.vocab_size:,} tokens from {characters:,} characters in {time.monotonic() - start:.1f} s; "
+        f"{rate.tokens_per_char:.3f} tokens a character, {rate.tokens_per_byte:.3f} a byte"
+    )
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InfoArgs:
+    """Parameters, memory and FLOPs of a recipe, or of a trained run."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A recipe (tiny, small, m125, m350, b1, b7), or the folder of a run or a model."""
+    seq_len: int | None = None
+    """Tokens of context; by default the model's."""
+    batch_size: int = 1
+    """Rows, for the cache and the activations."""
+
+
+def _info(argv: Sequence[str]) -> int:
+    args = tyro.cli(InfoArgs, prog="minillm info", args=list(argv))
+    import json
+
+    from minillm.recipes import RECIPES, recipe
+    from minillm.transformer import ModelConfig, count_parameters, flops_per_token, kv_cache_bytes
+
+    if args.name in RECIPES:
+        model = recipe(args.name).model
+    else:
+        folder = Path(args.name)
+        path = next(
+            (p for p in (folder / "model" / "config.json", folder / "config.json") if p.exists()), None
+        )
+        if path is None:
+            raise ValueError(
+                f"{args.name!r} is neither a recipe ({', '.join(RECIPES)}) nor the folder of a run or model"
+            )
+        try:
+            model = ModelConfig(**json.loads(path.read_text(encoding="utf-8"))["model"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise MiniLLMError(f"{path}: not a minillm model ({error})") from error
+    seq_len = args.seq_len or model.max_seq_len
+    if seq_len < 1 or args.batch_size < 1:
+        raise ValueError(f"seq_len and batch_size must be at least 1, got {seq_len} and {args.batch_size}")
+    count = count_parameters(model)
+    gib = 2**30
+    print(f"{args.name}: {count.total:,} parameters")
+    for field in dataclasses.fields(count):
+        print(f"  {field.name.replace('_', ' '):12} {getattr(count, field.name):>18,}")
+    print("shape")
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if field.default is dataclasses.MISSING or value != field.default:
+            print(f"  {field.name:12} {value!s:>18}")
+    print("memory")
+    for bits in (32, 16, 8, 4):
+        print(f"  weights, {bits:2} bit {count.total * bits / 8 / gib:16.3f} GiB")
+    print(
+        f"  training in mixed precision, 16 bytes a parameter {16 * count.total / gib:.3f} GiB, and activations"
+    )
+    cache = kv_cache_bytes(model, batch_size=args.batch_size, n_tokens=seq_len)
+    print(f"  KV cache, 16 bit, {args.batch_size} x {seq_len:,} tokens {cache / gib:.4f} GiB")
+    print("compute")
+    forward = flops_per_token(model, seq_len)
+    print(f"  forward  {forward / 1e9:12.4f} GFLOP a token at {seq_len:,} tokens")
+    print(f"  training {3 * forward / 1e9:12.4f} GFLOP a token")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "speedrun": lambda argv: _run("speedrun", argv),
+    "pretrain": lambda argv: _run("pretrain", argv),
+    "generate": _generate,
+    "tokenizer": _tokenizer,
+    "info": _info,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if argv[0] == "--version":
+        print(f"minillm {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"minillm: error: no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        from minillm.runtime import set_up_logging
+
+        set_up_logging()
+        return COMMANDS[argv[0]](argv[1:])
+    except (MiniLLMError, ValueError, OSError) as error:
+        print(f"minillm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minillm: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from minillm.train import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"minillm: {error}", file=sys.stderr)
+            return 130
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

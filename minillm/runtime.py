@@ -1,0 +1,181 @@
+"""The machine under a run: device, dtype, threads, seed, memory allocator, log, and what to write beside a result."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minillm.checkpoint import MiniLLMError
+
+__all__ = [
+    "RunLocked",
+    "describe_machine",
+    "fast_bfloat16",
+    "peak_memory_bytes",
+    "pick_device",
+    "pick_dtype",
+    "run_lock",
+    "seed_everything",
+    "set_up_logging",
+    "tune_allocator",
+]
+
+log = logging.getLogger(__name__)
+
+
+class RunLocked(MiniLLMError):
+    """Another process is writing to the same run folder."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name, checked to exist; "auto" takes a GPU when there is one.
+
+    Raises:
+        ValueError: the name is unknown, or this machine has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:0 … or mps, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not there; use --device cpu")
+    return device
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run faster than float32 ones on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without AMX or AVX512_BF16 a CPU emulates bfloat16, slower than float32.
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" takes bfloat16 where it is fast.
+
+    Raises:
+        ValueError: the name is not auto, float32 or bfloat16.
+    """
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype must be auto, float32 or bfloat16, got {name!r}")
+    if name == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    return getattr(torch, name)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's random generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def tune_allocator() -> bool:
+    """Let glibc keep freed memory instead of giving it back to the kernel. Returns whether it could.
+
+    A training step frees and takes the same large tensors again and again. By default glibc maps and unmaps each of
+    them, and the kernel zeroes every page anew: about a tenth of an eager CPU step. Call it before training.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl has no mallopt
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX in malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1) and mallopt(top_pad, 64 << 20))
+
+
+def set_up_logging(verbose: bool = False) -> None:
+    """Send the package's log to standard error, one line a record."""
+    logger = logging.getLogger("minillm")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """What belongs beside a measured figure: processor, threads, device, versions. No names of hosts or paths."""
+    described: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "os": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": "cpu" if device is None else device.type,
+    }
+    if device is not None and device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: on the GPU for a CUDA device, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def run_lock(folder: str | Path) -> Iterator[None]:
+    """Hold a run folder for this process; released when the process ends, however it ends.
+
+    Raises:
+        RunLocked: another process holds it.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows has no flock: two runs in one folder are then the user's care
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunLocked(
+                f"{folder}: another run ({file.read().strip() or 'unknown'}) writes here; wait for it or choose another --name"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield

@@ -1,0 +1,519 @@
+"""From raw text to a model that talks: corpus, tokenizer, shards, pretraining, scores, report. Each stage is kept and not done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from minillm.batches import Loader, TokenShards, write_shards
+from minillm.checkpoint import CheckpointError, MiniLLMError, atomic_write, load_model, save_model
+from minillm.corpus import Document, generate, questions
+from minillm.generate import Sampler, generate_text
+from minillm.generate import generate as generate_tokens
+from minillm.recipes import RunConfig
+from minillm.report import read_metrics, write_report
+from minillm.runtime import (
+    describe_machine,
+    fast_bfloat16,
+    peak_memory_bytes,
+    run_lock,
+    seed_everything,
+    tune_allocator,
+)
+from minillm.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
+from minillm.train import TrainResult, bits_per_byte, evaluate_loss, train
+from minillm.transformer import Transformer, count_parameters
+
+__all__ = ["Stage", "load_run", "pretrain", "sample", "score", "speedrun"]
+
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
+HELD_OUT_SHARE = 0.02  # of the documents of real text, by a hash of each
+ENCODE_BATCH = 2000
+
+
+@dataclasses.dataclass
+class Stage:
+    """What one stage did, in one line, and how long it took."""
+
+    name: str
+    what: str = ""
+    seconds: float = 0.0
+
+
+def _quiet(line: str) -> None:
+    log.info(line)
+
+
+class _Run:
+    """A run folder: its config, the stages that are done, and what they said."""
+
+    def __init__(self, folder: Path, config: RunConfig, say: Say, progress: bool):
+        self.folder, self.config, self.say, self.progress = folder, config, say, progress
+        self.stages: list[Stage] = []
+        self.record = folder / "stages.json"
+        self.done: dict[str, Any] = {}
+        if self.record.exists():
+            self.done = json.loads(self.record.read_text(encoding="utf-8"))
+
+    def keep_config(self) -> None:
+        """Write the resolved config, or refuse a folder that another config has begun."""
+        path = self.folder / "config.json"
+        mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        if path.exists():
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            difference = first_difference(theirs, mine)
+            if difference:
+                name, old, new = difference
+                raise ValueError(
+                    f"{self.folder} was begun with {name}={old!r}, now {name}={new!r}: "
+                    "choose another --name, or --restart to begin anew"
+                )
+        with atomic_write(path) as file:
+            json.dump(mine, file, indent=1, ensure_ascii=False)
+
+    def stage(self, number: int, name: str, work: Callable[[], str]) -> None:
+        """Do a stage unless it is done, say one line about it, and remember both."""
+        if name in self.done:
+            stage = Stage(name, self.done[name]["what"], self.done[name]["seconds"])
+            self.say(f"[{number}/5] {name:9} {stage.what} (done before)")
+        else:
+            start = time.perf_counter()
+            what = work()
+            stage = Stage(name, what, time.perf_counter() - start)
+            self.done[name] = {"what": what, "seconds": stage.seconds}
+            with atomic_write(self.record) as file:
+                json.dump(self.done, file, indent=1, ensure_ascii=False)
+            self.say(f"[{number}/5] {name:9} {what} ({stage.seconds:.1f} s)")
+        self.stages.append(stage)
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting in which two nested configurations differ: (dotted name, old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if old == new else (name, old, new)
+
+
+def documents(config: RunConfig, split: str) -> Iterator[Document]:
+    """The documents that a run trains on (split "train") or measures with ("heldout")."""
+    data = config.data
+    if not data.sources:
+        yield from generate(
+            data.corpus, n_documents=data.documents if split == "train" else data.held_out, split=split
+        )
+        return
+    from minillm.corpus import read_documents
+
+    held_out = 0
+    for document in read_documents(list(data.sources), on_error="skip"):
+        digest = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        if int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64 and held_out < data.held_out:
+            held_out += 1
+            if split == "heldout":
+                yield document
+        elif split == "train":
+            yield document
+
+
+def _corpus(run: _Run) -> str:
+    """Look through the data once: it must be readable and hold enough; count what there is."""
+    counts = {}
+    languages: Counter[str] = Counter()
+    for split in ("heldout", "train"):
+        count = characters = 0
+        bar = tqdm(
+            documents(run.config, split),
+            disable=not run.progress,
+            unit="doc",
+            desc=f"corpus {split}",
+            leave=False,
+        )
+        for document in bar:
+            count, characters = count + 1, characters + len(document.text)
+            languages[document.lang] += 1
+        counts[split] = {"documents": count, "characters": characters}
+    if counts["train"]["documents"] < 2 or counts["heldout"]["documents"] < 1:
+        raise MiniLLMError(
+            f"{', '.join(run.config.data.sources) or 'the corpus'}: {counts['train']['documents']} documents to train on, "
+            f"{counts['heldout']['documents']} held out by a hash of each: a run needs at least 2 and 1; give more text"
+        )
+    run.done["counts"] = counts
+    mix = ", ".join(f"{lang} {100 * n / languages.total():.0f} %" for lang, n in languages.most_common(4))
+    return f"{counts['train']['documents']:,} documents, {counts['train']['characters'] / 1e6:.1f}M characters ({mix})"
+
+
+def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _tokenizer(run: _Run) -> str:
+    settings = run.config.tokenizer
+    texts = _limited((d.text for d in documents(run.config, "train")), settings.train_characters)
+    if settings.kind == "bpe":
+        tokenizer = train_bpe(texts, settings.vocab_size)
+    else:
+        tokenizer = train_sentencepiece(texts, settings.vocab_size)
+    tokenizer.save(run.folder / "tokenizer.json")
+    return f"{tokenizer.vocab_size:,} tokens ({settings.kind})"
+
+
+def _shards(run: _Run) -> str:
+    tokenizer = load_tokenizer(run.folder / "tokenizer.json")
+    counts = {}
+    for split in ("heldout", "train"):
+        texts, n_bytes = (d.text for d in documents(run.config, split)), 0
+
+        def encoded(texts: Iterator[str] = texts, split: str = split) -> Iterator[list[int]]:
+            nonlocal n_bytes
+            total = run.done["counts"][split]["documents"]
+            with tqdm(
+                total=total, disable=not run.progress, unit="doc", desc=f"encode {split}", leave=False
+            ) as bar:
+                while batch := list(islice(texts, ENCODE_BATCH)):
+                    n_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+                    yield from tokenizer.encode_batch(batch)
+                    bar.update(len(batch))
+
+        index = write_shards(
+            encoded(), run.folder / "shards" / split, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
+        )
+        counts[split] = {"tokens": index.n_tokens, "documents": index.n_documents, "bytes": n_bytes}
+    run.done["shards_counts"] = counts
+    tokens = counts["train"]["tokens"]
+    ratio = tokens / run.done["counts"]["train"]["characters"]
+    return f"{tokens / 1e6:.2f}M training tokens, {ratio:.2f} per character"
+
+
+def _estimate(model: Transformer, config: RunConfig, device: torch.device, run: _Run) -> float:
+    """Seconds that the training steps will take, from two steps that are thrown away."""
+    trial = dataclasses.replace(config.train, steps=3, compile="off", log_every=1, eval_every=0, save_every=0)
+    loader = _loader(run, config)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    metrics = train(model, loader, trial, run_dir=None, progress=False).metrics
+    model.load_state_dict(state)
+    rows = [config.train.batch_size * config.train.seq_len / line["tokens_per_s"] for line in metrics[1:]]
+    return config.train.steps * min(rows)
+
+
+def _loader(run: _Run, config: RunConfig) -> Loader:
+    return Loader(
+        TokenShards(run.folder / "shards" / "train"),
+        batch_size=config.train.batch_size,
+        seq_len=config.train.seq_len,
+        seed=config.train.seed,
+    )
+
+
+def _held_out(run: _Run, config: RunConfig) -> Loader:
+    return Loader(
+        TokenShards(run.folder / "shards" / "heldout"),
+        batch_size=16,
+        seq_len=config.train.seq_len,
+        packing="rows",
+    )
+
+
+def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
+    config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, dtype=dtype))
+    seed_everything(config.train.seed)
+    model = Transformer(config.model).to(device)
+    n_parameters = count_parameters(config.model).total
+    held_out = _held_out(run, config)
+    if not (run.folder / "checkpoints").exists():
+        seconds = _estimate(model, config, device, run)
+        run.say(
+            f"[4/5] pretrain  {n_parameters / 1e6:.2f}M parameters, {config.train.steps:,} steps on {device.type} in "
+            f"{dtype}: about {_duration(seconds)}"
+        )
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        return {"held_out_nats": evaluate_loss(model, held_out.epoch_batches(), dtype=dtype)}
+
+    result: TrainResult = train(
+        model, _loader(run, config), config.train, run_dir=run.folder, eval_fn=evaluate, progress=run.progress
+    )
+    save_model(run.folder / "model", model)
+    shutil.copyfile(run.folder / "tokenizer.json", run.folder / "model" / "tokenizer.json")
+    held = [line["held_out_nats"] for line in result.metrics if "held_out_nats" in line][-1]
+    counts = run.done["shards_counts"]["heldout"]
+    run.done["training"] = {
+        "held_out_nats": held,
+        "bits_per_byte": bits_per_byte(held, counts["tokens"], counts["bytes"]),
+        "tokens": result.tokens,
+        "tokens_per_s": result.tokens / max(result.seconds, 1e-9),
+        "seconds": result.seconds,
+        "mfu": result.metrics[-1]["mfu"],
+        "parameters": n_parameters,
+        "dtype": dtype,
+    }
+    return f"held-out loss {held:.3f} nats a token, {run.done['training']['tokens_per_s']:,.0f} tokens/s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def pretrain(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    restart: bool = False,
+    say: Say = _quiet,
+    progress: bool = False,
+) -> _Run:
+    """Corpus, tokenizer, shards, training: everything up to a model in `run_dir/model`.
+
+    Stages that are done are not done again; training goes on from its newest undamaged checkpoint.
+
+    Args:
+        config: the whole run.
+        run_dir: its folder.
+        device: where to train.
+        dtype: of the matrix products; by default bfloat16 where the device is fast at it, else float32.
+        restart: throw away what the folder holds.
+        say: receives a line per stage.
+        progress: show bars.
+
+    Raises:
+        ValueError: the folder holds another run.
+        RunLocked: another process works in it.
+        train.Interrupted: asked to stop; everything is saved.
+    """
+    folder, device = Path(run_dir), torch.device(device)
+    with run_lock(folder):
+        if restart:
+            for item in folder.iterdir():
+                if item.name != ".lock":
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+        run = _Run(folder, config, say, progress)
+        run.keep_config()
+        tune_allocator()
+        if dtype is None:
+            dtype = config.train.dtype if config.train.dtype != "float32" else _fast_dtype(device)
+        run.stage(1, "corpus", lambda: _corpus(run))
+        run.stage(2, "tokenizer", lambda: _tokenizer(run))
+        run.stage(3, "shards", lambda: _shards(run))
+        run.stage(4, "pretrain", lambda: _pretrain(run, device, dtype))
+    return run
+
+
+def _fast_dtype(device: torch.device) -> str:
+    return "bfloat16" if fast_bfloat16(device) else "float32"
+
+
+def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a run folder, or of its `model/` folder."""
+    folder = Path(folder)
+    if (folder / "model" / "config.json").exists():
+        folder = folder / "model"
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder}: no trained model here (no config.json); train one with `minillm speedrun`"
+        )
+    return load_model(folder, device=device), load_tokenizer(folder / "tokenizer.json")
+
+
+EXAMS = (
+    # name, kind, language, split, label prefix
+    ("story questions, English, held out", "stories", "en", "heldout"),
+    ("story questions, Chinese, held out", "stories", "zh", "heldout"),
+    ("facts asked about in training, English", "facts", "en", "train"),
+    ("facts asked about in training, Chinese", "facts", "zh", "train"),
+    ("facts only told in training, English", "facts", "en", "heldout"),
+    ("facts only told in training, Chinese", "facts", "zh", "heldout"),
+    ("addition, held out", "arithmetic", "und", "heldout"),
+    ("subtraction, held out", "arithmetic", "und", "heldout"),
+)
+
+
+def score(
+    model: Transformer, tokenizer: Tokenizer, config: RunConfig, *, n: int = 100, progress: bool = False
+) -> list[dict[str, Any]]:
+    """Ask the own corpus's questions, greedily, and grade the answers exactly.
+
+    Returns:
+        One record per exam: name, n, correct, accuracy, and an example of a wrong answer.
+    """
+    records = []
+    for name, kind, lang, split in tqdm(EXAMS, disable=not progress, desc="score", leave=False):
+        asked = questions(config.data.corpus, kind, lang, split, 4 * n if kind == "arithmetic" else n)
+        if kind == "arithmetic":
+            sign = "+" if name.startswith("addition") else "-"
+            asked = [q for q in asked if q.meta["label"] == "scratchpad" + sign]
+        asked = asked[:n]
+        answers = answer(model, tokenizer, [q.prompt for q in asked])
+        right = [q.grade(text) for q, text in zip(asked, answers)]
+        wrong = [(q, text) for q, text, ok in zip(asked, answers, right) if not ok]
+        example = (
+            {"prompt": wrong[0][0].prompt, "expected": wrong[0][0].answer, "got": wrong[0][1]}
+            if wrong
+            else None
+        )
+        correct = sum(right)
+        records.append(
+            {
+                "name": name,
+                "n": len(asked),
+                "correct": correct,
+                "accuracy": correct / max(1, len(asked)),
+                "wrong": example,
+            }
+        )
+    return records
+
+
+def answer(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[str], *, batch_size: int = 25
+) -> list[str]:
+    """Greedy continuations up to the end of the line, in the order of the prompts."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        # A space after the colon belongs to the answer's first token: prompts end before it.
+        rows = [prompts[i] for i in chosen]
+        for i, text in zip(chosen, generate_text(model, tokenizer, rows, max_new_tokens=40, stop=["\n"])):
+            answers[i] = text
+    return answers
+
+
+def sample(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Iterable[tuple[str, str]],
+    *,
+    max_new_tokens: int = 150,
+    seed: int = 0,
+) -> list[tuple[str, str, str]]:
+    """(what, prompt, continuation) for each (what, prompt)."""
+    sampler = Sampler(temperature=0.7, top_p=0.95)
+    samples = []
+    for what, prompt in prompts:
+        limit = min(max_new_tokens, model.config.max_seq_len - len(tokenizer.encode(prompt)))
+        text = generate_text(model, tokenizer, prompt, max_new_tokens=limit, sampler=sampler, seed=seed)
+        samples.append((what, prompt, str(text)))
+    return samples
+
+
+OWN_PROMPTS = (
+    ("A story in English", "One day, Lily"),
+    ("A story in Chinese", "有一天，小"),
+    ("A sum that was held out", "347+586="),
+)
+
+
+def _prompts(run: _Run) -> list[tuple[str, str]]:
+    """Openings to continue: our own for the own corpus, the beginnings of held-out documents for other text."""
+    if not run.config.data.sources:
+        return list(OWN_PROMPTS)
+    beginnings = (d.text[:40] for d in documents(run.config, "heldout"))
+    return [("The beginning of a held-out document, continued", text) for text in islice(beginnings, 3)]
+
+
+def _finish(run: _Run, device: torch.device) -> str:
+    model, tokenizer = load_run(run.folder, device)
+    model.eval()
+    scores = [] if run.config.data.sources else score(model, tokenizer, run.config, progress=run.progress)
+    samples = sample(model, tokenizer, _prompts(run))
+    start, n = time.perf_counter(), 128
+    prompt = tokenizer.encode(samples[0][1])
+    n = min(n, model.config.max_seq_len - len(prompt))
+    generate_tokens(model, [prompt], max_new_tokens=n, sampler=Sampler.greedy())
+    run.done["results"] = {
+        "scores": scores,
+        "samples": samples,
+        "decode_tokens_per_s": n / (time.perf_counter() - start),
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    with atomic_write(run.folder / "scores.json") as file:
+        json.dump(
+            {"training": run.done["training"], **run.done["results"]}, file, indent=1, ensure_ascii=False
+        )
+    return f"{len(scores)} exams, {len(samples)} samples" if scores else f"{len(samples)} samples"
+
+
+def _report(run: _Run, device: torch.device) -> Path:
+    training, results = run.done["training"], run.done["results"]
+    path = run.folder / "report.html"
+    total = sum(stage.seconds for stage in run.stages)
+    write_report(
+        path,
+        title=f"minillm {run.config.recipe}: {training['parameters'] / 1e6:.2f}M parameters",
+        summary=[
+            ("held-out loss", f"{training['held_out_nats']:.3f} nats a token"),
+            ("bits per byte, held out", f"{training['bits_per_byte']:.3f}"),
+            ("perplexity, held out", f"{math.exp(training['held_out_nats']):.2f}"),
+            ("tokens trained on", f"{training['tokens']:,}"),
+            (
+                "training speed",
+                f"{training['tokens_per_s']:,.0f} tokens/s ({100 * training['mfu']:.0f} % MFU)",
+            ),
+            ("decoding speed, batch 1", f"{results['decode_tokens_per_s']:,.0f} tokens/s"),
+            ("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+            ("time in all", f"{total / 60:.1f} min"),
+        ],
+        scores=results["scores"],
+        samples=[tuple(s) for s in results["samples"]],
+        metrics=read_metrics(run.folder / "metrics.jsonl"),
+        stages=[(s.name, s.what, s.seconds) for s in run.stages],
+        config=dataclasses.asdict(run.config),
+        machine=describe_machine(device),
+    )
+    return path
+
+
+def speedrun(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    restart: bool = False,
+    say: Say = _quiet,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """`pretrain`, then questions, samples and `report.html`. The arguments and errors are those of `pretrain`.
+
+    Returns:
+        What the stages found: `training` and `results` as in `scores.json`, and the `report`'s path.
+    """
+    device = torch.device(device)
+    run = pretrain(config, run_dir, device=device, dtype=dtype, restart=restart, say=say, progress=progress)
+    with run_lock(run.folder):
+        run.stage(5, "score", lambda: _finish(run, device))
+        report = _report(run, device)
+    results = run.done["results"]
+    for what, prompt, text in results["samples"]:
+        say(f"\n{what}:\n  {(prompt + text).strip()}".replace("\n", "\n  ").replace("\n  \n", "\n"))
+    say("")
+    for record in results["scores"]:
+        say(
+            f"{record['name']:42} {record['correct']:3} of {record['n']:3}  {100 * record['accuracy']:5.1f} %"
+        )
+    return {"training": run.done["training"], "results": results, "report": report}
