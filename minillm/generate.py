@@ -307,14 +307,13 @@ class Prepared:
 
     Args:
         model: of the LLaMA kind: RMSNorm, SwiGLU, rotary, ALiBi or no positions, plain linear layers.
-        wide: compute and store in float32 (float64 for a float64 model) whatever the model's dtype; by default if
-            such a copy takes at most `wide_bytes`.
+        wide: widen 16-bit weights to float32; by default if all of them then take at most `wide_bytes`.
 
     Raises:
         ValueError: the model is of another kind.
     """
 
-    wide_bytes = 256 * 2**20
+    wide_bytes = 128 * 2**20  # what a large cache holds; beyond it reading half as many bytes wins
 
     def __init__(self, model: Transformer, *, wide: bool | None = None):
         reason = obstacle(model)
@@ -459,7 +458,7 @@ def open_session(
     """The fastest session that this model allows and that n_steps repay."""
     if isinstance(model, Prepared):
         return FastSession(model, cache, real)
-    small = sum(p.numel() for p in model.parameters()) * 4 <= Prepared.wide_bytes
+    small = sum(p.numel() * p.itemsize for p in model.parameters()) <= 2**30
     if n_steps >= 32 and small and cache.k.device.type == "cpu" and obstacle(model) is None:
         return FastSession(Prepared(model), cache, real)
     return Session(model, cache, real)
@@ -485,7 +484,6 @@ def uniforms(n_rows: int, n_draws: int, seed: int | Sequence[int] | None) -> Flo
     return torch.stack([torch.rand(n_draws, dtype=torch.float64, generator=stream) for stream in streams])
 
 
-@torch.inference_mode()
 def decode_steps(
     model: Transformer | Prepared,
     prompts: Sequence[Sequence[int]] | Int[Tensor, "B T"],
@@ -510,17 +508,21 @@ def decode_steps(
             f"{T} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit} (max_seq_len): "
             "shorten the prompt or lower max_new_tokens"
         )
-    tokens, real = tokens.to(device), F.pad(real, (0, max_new_tokens), value=True).to(device)
-    history = F.pad(tokens, (0, max_new_tokens)).masked_fill(~real, -1)
     uniform = None if sampler.temperature == 0 else uniforms(B, max_new_tokens, seed).to(device)
-    cache = plain.make_cache(B, T + max_new_tokens)
-    logits = prefill(plain, tokens, real[:, :T], cache)
-    session = open_session(model, cache, real, max_new_tokens)
+    with torch.inference_mode():
+        tokens, real = tokens.to(device), F.pad(real, (0, max_new_tokens), value=True).to(device)
+        history = F.pad(tokens, (0, max_new_tokens)).masked_fill(~real, -1)
+        cache = plain.make_cache(B, T + max_new_tokens)
+    session = None
     for n in range(max_new_tokens):
-        if n:
-            logits = session.step(history[:, T + n - 1])
-        chosen = sampler(logits, history[:, : T + n], uniform=None if uniform is None else uniform[:, n])
-        history[:, T + n] = chosen
+        with torch.inference_mode():  # not around the yield: the caller's own code would run in it
+            if session is None:
+                logits = prefill(plain, tokens, real[:, :T], cache)
+                session = open_session(model, cache, real, max_new_tokens)
+            else:
+                logits = session.step(history[:, T + n - 1])
+            chosen = sampler(logits, history[:, : T + n], uniform=None if uniform is None else uniform[:, n])
+            history[:, T + n] = chosen
         yield chosen.tolist()
 
 
