@@ -511,22 +511,35 @@ def also_members(app: Sphinx, what: str, name: str, obj: Any, skip: bool, option
     return False if skip and own and not name.startswith("_") else None
 
 
+def plain_line(line: str) -> str:
+    """A line of prose as reStructuredText."""
+    parts = re.split(r"(``[^`]*``|`[^`]*`)", line)
+    for at, part in enumerate(parts):
+        if at % 2 == 0:
+            part = re.sub(
+                r"(?<![\\\w*])(\*\w[^*]*\w\*)(?![\w*])|(?<!\\)([*|])",
+                lambda star: star[1] or "\\" + star[2],
+                part,
+            )
+            part = re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part)
+            parts[at] = ARXIV.sub(r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", part)
+        elif not part.startswith("``") and not re.fullmatch(r"`[\w.]+`", part):
+            parts[at] = f"`{part}`"  # code, and not the name of something that could be linked
+    return "".join(parts)
+
+
 def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text with `code`: stars, bars and trailing underscores mean themselves; papers are linked."""
-    for index, line in enumerate(lines):
-        parts = re.split(r"(``[^`]*``|`[^`]*`)", line)
-        for at, part in enumerate(parts):
-            if at % 2 == 0:
-                part = re.sub(
-                    r"(?<![\\\w*])(\*\w[^*]*\w\*)(?![\w*])|(?<!\\)([*|])",
-                    lambda star: star[1] or "\\" + star[2],
-                    part,
-                )
-                part = re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part)
-                parts[at] = ARXIV.sub(r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", part)
-            elif not part.startswith("``") and not re.fullmatch(r"`[\w.]+`", part):
-                parts[at] = f"`{part}`"  # code, and not the name of something that could be linked
-        lines[index] = "".join(parts)
+    """Docstrings are plain text with `code`: stars, bars and trailing underscores mean themselves, what is indented is a drawing, papers are linked."""
+    result: list[str] = []
+    drawing = section = False
+    for line in lines:
+        if line and not line.startswith(" "):
+            drawing, section = False, bool(re.match(r"[A-Z]\w+:$|- ", line))
+        elif line.startswith("    ") and not section and not drawing and result and not result[-1]:
+            drawing = True
+            result += ["::", ""]
+        result.append(line if drawing else plain_line(line))
+    lines[:] = result
     if what in ("attribute", "data", "property"):
         _one_liners[name] = list(lines)
 

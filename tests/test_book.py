@@ -152,6 +152,24 @@ def test_signatures_are_shown_as_they_are_written():
     assert returns == "'Float[Tensor, \"B T\"]'"
 
 
+def test_docstrings_are_plain_text():
+    lines = [
+        "The *normed* x_ of a*b|c, `a*b`.",
+        "",
+        "Seen:",
+        "",
+        "    # . *",
+        "    # # .",
+        "",
+        "Args:",
+        "    x_: arXiv:1910.07467.",
+    ]
+    site.plain_docstring(None, "function", "f", None, None, lines)
+    assert lines[0] == r"The *normed* x\_ of a\*b\|c, ``a*b``."
+    assert lines[4:8] == ["::", "", "    # . *", "    # # ."]
+    assert lines[9:] == ["Args:", r"    x\_: `arXiv:1910.07467 <https://arxiv.org/abs/1910.07467>`__."]
+
+
 # ---- the built site, if there is one
 
 
