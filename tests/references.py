@@ -10,3 +10,106 @@ def rms_norm_reference(x, weight, eps):
         rms = (sum(value * value for value in row) / len(row) + eps) ** 0.5
         rows.append([value / rms * w for value, w in zip(row, weight.tolist())])
     return torch.tensor(rows, dtype=x.dtype).view(x.shape)
+
+
+def glm_logits_reference(weights, n_layers, n_heads, tokens, prefix):
+    """ChatGLM-6B on one sequence, token by token and head by head: 2D rotary, prefix mask, the normed residual."""
+    weights = {name: weight.detach() for name, weight in weights.items()}
+    alpha, dtype = (2 * 28) ** 0.5, weights["embed.weight"].dtype
+
+    def linear(x, name):
+        return weights[name + ".weight"] @ x + weights[name + ".bias"]
+
+    def layer_norm(x, name):
+        centred = x - x.mean()
+        normed = centred / (centred.square().mean() + 1e-6).sqrt()
+        return normed * weights[name + ".weight"] + weights[name + ".bias"]
+
+    def rotate(x, position):  # one head's half: pairs (i, i + half)
+        half, out = len(x) // 2, x.clone()
+        for i in range(half):
+            frequency = torch.tensor(10000.0 ** (-2 * i / len(x))).half().float()
+            angle = torch.tensor(float(position)) * frequency
+            cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+            out[i] = x[i] * cos - x[i + half] * sin
+            out[i + half] = x[i + half] * cos + x[i] * sin
+        return out
+
+    def rotate_2d(x, column):
+        first = min(column, max(prefix - 1, 0))
+        second = max(column - prefix + 1, 0)
+        a, b = x.chunk(2)
+        return torch.cat([rotate(a, first), rotate(b, second)])
+
+    def attention(stream, layer):
+        q, k, v = ([linear(x, f"{layer}.attn.w{n}").chunk(n_heads) for x in stream] for n in "qkv")
+        out = []
+        for t in range(len(stream)):
+            heads = []
+            for h in range(n_heads):
+                seen = [s for s in range(len(stream)) if s < prefix or s <= t]
+                query = rotate_2d(q[t][h], t)
+                scores = torch.stack([query @ rotate_2d(k[s][h], s) for s in seen]) / len(query) ** 0.5
+                heads.append(sum(p * v[s][h] for p, s in zip(scores.softmax(0), seen)))
+            out.append(linear(torch.cat(heads), f"{layer}.attn.wo"))
+        return out
+
+    def mlp(x, layer):
+        up = linear(x, f"{layer}.mlp.w_up")
+        gelu = 0.5 * up * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3)))
+        return linear(gelu, f"{layer}.mlp.w_down")
+
+    stream = [weights["embed.weight"][token] for token in tokens]
+    for n in range(n_layers):
+        layer = f"blocks.{n}"
+        normed = [layer_norm(x, f"{layer}.attn_norm") for x in stream]
+        stream = [alpha * a + mixed for a, mixed in zip(normed, attention(normed, layer))]
+        normed = [layer_norm(x, f"{layer}.mlp_norm") for x in stream]
+        stream = [alpha * m + mlp(m, layer) for m in normed]
+    return torch.stack([weights["head.weight"] @ layer_norm(x, "norm") for x in stream])
+
+
+def swiglu_reference(x, w_gate, w_up, w_down):
+    """The gated MLP, one token and one hidden number at a time; the arguments are nn.Linear modules."""
+
+    def apply(linear, vector):
+        bias = [0.0] * linear.out_features if linear.bias is None else linear.bias.tolist()
+        return [sum(w * v for w, v in zip(row, vector)) + b for row, b in zip(linear.weight.tolist(), bias)]
+
+    rows = []
+    for token in x.reshape(-1, x.shape[-1]).tolist():
+        gates, ups = apply(w_gate, token), apply(w_up, token)
+        rows.append(apply(w_down, [g / (1 + 2.718281828459045**-g) * u for g, u in zip(gates, ups)]))
+    return torch.tensor(rows, dtype=x.dtype).view(x.shape)
+
+
+def visible_reference(n_queries, n_keys, causal=True, prefix=None, documents=None, keys=None):
+    """Who sees whom in one row of a batch, one pair at a time; prefix is a number, the others lists or None."""
+
+    def sees(row, column):
+        if keys is not None and not keys[column]:
+            return row == column
+        if documents is not None and documents[row] != documents[column]:
+            return False
+        return not causal or column <= row or (prefix is not None and column < prefix)
+
+    return [[sees(row, column) for column in range(n_keys)] for row in range(n_keys - n_queries, n_keys)]
+
+
+def attention_reference(q, k, v, seen, slopes=None):
+    """Attention, one query of one head at a time. q (B H T Dh), k and v (B K S Dh), seen (B T S) booleans."""
+    B, H, T, Dh = q.shape
+    K, S = k.shape[1:3]
+    out = torch.zeros_like(q)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                g, row = h * K // H, S - T + t
+                columns = [s for s in range(S) if seen[b][t][s]]
+                scores = torch.stack([q[b, h, t] @ k[b, g, s] for s in columns]) / Dh**0.5
+                if slopes is not None:
+                    scores = scores - slopes[h].to(q.dtype) * torch.tensor([abs(row - s) for s in columns])
+                weights = (scores - scores.max()).exp()
+                weights = weights / weights.sum()
+                out[b, h, t] = sum(weight * v[b, g, s] for weight, s in zip(weights, columns))
+    return out
