@@ -34,6 +34,9 @@ CHAPTERS = ROOT / "chapters"
 PACKAGE = ROOT / "minillm"
 
 ARXIV = re.compile(r"(?<![\w/\[.])arXiv:(\d{4}\.\d{4,5})(?!\d*\])")
+SECTION = re.compile(
+    r"(Args|Attributes|Examples?|Notes?|Raises|Returns|Sources?|Warns|Yields):\s*$|- |\d+\. "
+)
 LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 
 
@@ -534,7 +537,7 @@ def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
     drawing = section = False
     for line in lines:
         if line and not line.startswith(" "):
-            drawing, section = False, bool(re.match(r"[A-Z]\w+:$|- ", line))
+            drawing, section = False, bool(SECTION.match(line))
         elif line.startswith("    ") and not section and not drawing and result and not result[-1]:
             drawing = True
             result += ["::", ""]
