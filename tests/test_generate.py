@@ -332,15 +332,15 @@ def test_prepared_bfloat16_errs_no_more_than_the_model(wide, batch):
 
 
 @llama_like
-def test_rotations_are_the_position_encoding(config):
+def test_turns_are_the_position_encoding(config):
     model = make(config)
-    x = torch.randn(1, 2, 5, 8, dtype=torch.float64)
-    matrices = g.rotations(model.position, 8, 3, 5, x.dtype, x.device)
-    if model.position is None:
-        assert torch.equal(matrices, torch.eye(8, dtype=torch.float64).expand(5, 8, 8))
-    else:
-        angles = model.position.angles(torch.arange(3, 8)[None])
-        assert_close((x[:, :, :, None] @ matrices)[:, :, :, 0], model.position(x, angles))
+    turns = g.Turns(model.position, 8, torch.float64, torch.device("cpu"))
+    x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    for t in (0, 5, 63, 64, 3):  # forth and back, over the end of a block
+        expected = x
+        if model.position is not None:
+            expected = model.position(x, model.position.angles(torch.full((1, 3), t)))
+        assert_close(x @ turns(t), expected)
 
 
 @all_models
