@@ -220,6 +220,19 @@ def defined_names(source: str) -> list[str]:
     return [name for name in names if not name.startswith("__")]
 
 
+def table_or_imports(source: str) -> str:
+    """What to call a long exported cell that holds data or imports only, so that it is folded; "" for other cells."""
+    body = ast.parse(source).body
+    if source.count("\n") < 9 or not all(
+        isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign) for node in body
+    ):
+        return ""
+    if any(isinstance(node, ast.Import | ast.ImportFrom) for node in body):
+        return "imports"
+    names = defined_names(source)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def alternative_text(source: str) -> str:
     """A description of the figure that a cell draws, from its titles and axis labels."""
     try:
@@ -262,6 +275,9 @@ def notebook_page(text: str, chapters: list[Chapter]) -> str:
             metadata["mystnb"] = {"image": {"alt": alternative_text(cell["source"])}}
             if "export" in directives or "exports" in directives:
                 metadata["exports"] = defined_names(cell["source"])
+                fold = table_or_imports(cell["source"])
+                if fold and not metadata.get("tags"):
+                    metadata["tags"], metadata["fold"] = ["hide-input"], fold
         cells.append(cell)
     notebook["cells"] = cells
     return json.dumps(notebook, ensure_ascii=False)
@@ -330,7 +346,7 @@ def link_definitions(app: Sphinx, doctree: nodes.document) -> None:
             doctree.findall(lambda node: isinstance(node, nodes.container) and "cell_metadata" in node)
         ):
             if cell.get("prompt_show"):
-                kind = "solution" if cell["hide_mode"] == "all" else "code"
+                kind = "solution" if cell["hide_mode"] == "all" else cell["cell_metadata"].get("fold", "code")
                 cell["prompt_show"], cell["prompt_hide"] = f"Show {kind}", f"Hide {kind}"
             names = cell["cell_metadata"].get("exports")
             if names is None:
@@ -540,7 +556,7 @@ def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
             drawing, section = False, bool(SECTION.match(line))
         elif line.startswith("    ") and not section and not drawing and result and not result[-1]:
             drawing = True
-            result += ["::", ""]
+            result += [".. code-block:: text", ""]
         result.append(line if drawing else plain_line(line))
     lines[:] = result
     if what in ("attribute", "data", "property"):

@@ -166,7 +166,7 @@ def test_docstrings_are_plain_text():
     ]
     site.plain_docstring(None, "function", "f", None, None, lines)
     assert lines[0] == r"The *normed* x\_ of a\*b\|c, ``a*b``."
-    assert lines[4:8] == ["::", "", "    # . *", "    # # ."]
+    assert lines[4:8] == [".. code-block:: text", "", "    # . *", "    # # ."]
     assert lines[9:] == ["Args:", r"    x\_: `arXiv:1910.07467 <https://arxiv.org/abs/1910.07467>`__."]
 
 
