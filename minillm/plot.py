@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -25,7 +27,7 @@ COLORS = {
 }
 CYCLE = [COLORS[name] for name in ("blue", "orange", "green", "red", "purple", "sky", "grey", "black")]
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 110,
     "savefig.bbox": "tight",
@@ -89,18 +91,18 @@ def label_lines(ax: Axes, *, pad: float = 4.0, min_gap: float = 11.0) -> None:
     """
     ax.figure.draw_without_rendering()  # type: ignore[union-attr]
     scale = 72.0 / ax.figure.dpi
-    placed: list[tuple[float, Any]] = []
+    placed: list[tuple[float, tuple[float, float], Any]] = []
     for line in ax.get_lines():
-        xs, ys = line.get_data()
-        if len(xs) and not str(line.get_label()).startswith("_"):
-            placed.append((float(ax.transData.transform((float(xs[-1]), float(ys[-1])))[1]) * scale, line))
+        points = np.asarray(line.get_xydata(), dtype=float)
+        if len(points) and not str(line.get_label()).startswith("_"):
+            end = (points[-1, 0], points[-1, 1])
+            placed.append((float(ax.transData.transform(end)[1]) * scale, end, line))
     last = -1e9
-    for height, line in sorted(placed, key=lambda item: item[0]):
+    for height, end, line in sorted(placed, key=lambda item: item[0]):
         target = max(height, last + min_gap)
-        xs, ys = line.get_data()
         ax.annotate(
             str(line.get_label()),
-            (float(xs[-1]), float(ys[-1])),
+            end,
             xytext=(pad, target - height),
             textcoords="offset points",
             va="center",

@@ -27,6 +27,9 @@ class DataConfig:
     held_out: int = 500
     """How many documents are kept from training to measure the loss on."""
 
+    questions: int = 100
+    """How many questions each exam of the own corpus asks at the end."""
+
     def __post_init__(self):
         if self.documents < 1 or self.held_out < 1:
             raise ValueError(

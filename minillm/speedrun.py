@@ -339,21 +339,47 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Tr
     return load_model(folder, device=device), load_tokenizer(folder / "tokenizer.json")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Questions of one kind. `label` chooses among them; `opening` is put behind each prompt, and counts as answered."""
+
+    name: str
+    kind: str
+    lang: str
+    split: str
+    label: str = ""
+    opening: str = ""
+
+
+# A sum may be written with or without a scratchpad; the bracket asks for one. And it keeps the tokens whole: "=[" is one.
 EXAMS = (
-    # name, kind, language, split, label prefix
-    ("story questions, English, held out", "stories", "en", "heldout"),
-    ("story questions, Chinese, held out", "stories", "zh", "heldout"),
-    ("facts asked about in training, English", "facts", "en", "train"),
-    ("facts asked about in training, Chinese", "facts", "zh", "train"),
-    ("facts only told in training, English", "facts", "en", "heldout"),
-    ("facts only told in training, Chinese", "facts", "zh", "heldout"),
-    ("addition, held out", "arithmetic", "und", "heldout"),
-    ("subtraction, held out", "arithmetic", "und", "heldout"),
+    Exam(name="story questions, English, held out", kind="stories", lang="en", split="heldout"),
+    Exam(name="story questions, Chinese, held out", kind="stories", lang="zh", split="heldout"),
+    Exam(name="facts asked about in training, English", kind="facts", lang="en", split="train"),
+    Exam(name="facts asked about in training, Chinese", kind="facts", lang="zh", split="train"),
+    Exam(name="facts only told in training, English", kind="facts", lang="en", split="heldout"),
+    Exam(name="facts only told in training, Chinese", kind="facts", lang="zh", split="heldout"),
+    Exam(
+        name="addition, held out",
+        kind="arithmetic",
+        lang="und",
+        split="heldout",
+        label="scratchpad+",
+        opening="[",
+    ),
+    Exam(
+        name="subtraction, held out",
+        kind="arithmetic",
+        lang="und",
+        split="heldout",
+        label="scratchpad-",
+        opening="[",
+    ),
 )
 
 
 def score(
-    model: Transformer, tokenizer: Tokenizer, config: RunConfig, *, n: int = 100, progress: bool = False
+    model: Transformer, tokenizer: Tokenizer, config: RunConfig, *, progress: bool = False
 ) -> list[dict[str, Any]]:
     """Ask the own corpus's questions, greedily, and grade the answers exactly.
 
@@ -361,28 +387,24 @@ def score(
         One record per exam: name, n, correct, accuracy, and an example of a wrong answer.
     """
     records = []
-    for name, kind, lang, split in tqdm(EXAMS, disable=not progress, desc="score", leave=False):
-        asked = questions(config.data.corpus, kind, lang, split, 4 * n if kind == "arithmetic" else n)
-        if kind == "arithmetic":
-            sign = "+" if name.startswith("addition") else "-"
-            asked = [q for q in asked if q.meta["label"] == "scratchpad" + sign]
-        asked = asked[:n]
-        answers = answer(model, tokenizer, [q.prompt for q in asked])
-        right = [q.grade(text) for q, text in zip(asked, answers)]
-        wrong = [(q, text) for q, text, ok in zip(asked, answers, right) if not ok]
-        example = (
-            {"prompt": wrong[0][0].prompt, "expected": wrong[0][0].answer, "got": wrong[0][1]}
-            if wrong
-            else None
+    for exam in tqdm(EXAMS, disable=not progress, desc="score", leave=False):
+        wanted = config.data.questions
+        asked = questions(
+            config.data.corpus, exam.kind, exam.lang, exam.split, 4 * wanted if exam.label else wanted
         )
-        correct = sum(right)
+        asked = [q for q in asked if q.meta["label"].startswith(exam.label)][:wanted]
+        answers = [
+            exam.opening + text for text in answer(model, tokenizer, [q.prompt + exam.opening for q in asked])
+        ]
+        right = [q.grade(text) for q, text in zip(asked, answers)]
+        wrong = next(((q, text) for q, text, ok in zip(asked, answers, right) if not ok), None)
         records.append(
             {
-                "name": name,
+                "name": exam.name,
                 "n": len(asked),
-                "correct": correct,
-                "accuracy": correct / max(1, len(asked)),
-                "wrong": example,
+                "correct": sum(right),
+                "accuracy": sum(right) / max(1, len(asked)),
+                "wrong": wrong and {"prompt": wrong[0].prompt, "expected": wrong[0].answer, "got": wrong[1]},
             }
         )
     return records
@@ -424,7 +446,7 @@ def sample(
 OWN_PROMPTS = (
     ("A story in English", "One day, Lily"),
     ("A story in Chinese", "有一天，小"),
-    ("A sum that was held out", "347+586="),
+    ("A sum", "347+586=["),
 )
 
 
