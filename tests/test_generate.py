@@ -21,7 +21,9 @@ LLAMA_LIKE = {
     "tied": dataclasses.replace(TINY, tied=True),
     "multi-query": dataclasses.replace(TINY, n_kv_heads=1),
     "multi-head": dataclasses.replace(TINY, n_kv_heads=6),
-    "chatglm2": dataclasses.replace(TINY, rope_fraction=0.5, rope_interleaved=True, qkv_bias=True, rope_scale=4.0),
+    "chatglm2": dataclasses.replace(
+        TINY, rope_fraction=0.5, rope_interleaved=True, qkv_bias=True, rope_scale=4.0
+    ),
     "alibi": dataclasses.replace(TINY, position="alibi", out_bias=True, mlp_bias=True),
     "norm head": dataclasses.replace(TINY, norm_head=True, position="none"),
 }
@@ -94,7 +96,9 @@ SOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize(("exercise", "law"), [(name, law) for name in SOLUTIONS for law in laws(name)], ids=str)
+@pytest.mark.parametrize(
+    ("exercise", "law"), [(name, law) for name in SOLUTIONS for law in laws(name)], ids=str
+)
 def test_solutions_obey_their_laws(exercise, law):
     law(SOLUTIONS[exercise])
 
@@ -177,8 +181,14 @@ def test_repetition_penalty_passes_over_padding():
 
 
 def test_sampler_filters_in_transformers_order():
-    from transformers import LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     logits, history = 3 * torch.randn(8, 100), torch.randint(100, (8, 20))
     theirs = LogitsProcessorList(
@@ -277,10 +287,14 @@ def test_cached_equals_uncached_and_batched_equals_single(config):
     model = make(config)
     expected = [uncached(model, prompt, 40) for prompt in PROMPTS]
     assert len({token for row in expected for token in row}) > 5  # or the test would prove little
-    if g.obstacle(model) is not None:  # the reference has no padding, and this model's layout counts real tokens
+    if (
+        g.obstacle(model) is not None
+    ):  # the reference has no padding, and this model's layout counts real tokens
         assert [generate(model, [p], max_new_tokens=20)[0] for p in PROMPTS] == [row[:20] for row in expected]
     assert generate(model, PROMPTS, max_new_tokens=40) == expected  # prepared, where the model allows it
-    assert generate(model, PROMPTS, max_new_tokens=20) == [row[:20] for row in expected]  # too short to prepare
+    assert generate(model, PROMPTS, max_new_tokens=20) == [
+        row[:20] for row in expected
+    ]  # too short to prepare
     assert generate(model, torch.tensor([PROMPTS[1]] * 2), max_new_tokens=5) == [expected[1][:5]] * 2
 
 
@@ -383,7 +397,9 @@ def hugging_face(model):
         "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "w_gate": "gate_proj", "w_up": "up_proj",
         "w_down": "down_proj",
     }  # fmt: skip
-    state = {".".join(names.get(part, part) for part in k.split(".")): v for k, v in model.state_dict().items()}
+    state = {
+        ".".join(names.get(part, part) for part in k.split(".")): v for k, v in model.state_dict().items()
+    }
     theirs.load_state_dict(state)
     return theirs.to(model.embed.weight.dtype).eval()
 
@@ -392,7 +408,9 @@ def test_greedy_equals_transformers_generate():
     model = make(dtype=torch.float32)
     theirs = hugging_face(model)
     tokens, real = g.left_pad(PROMPTS, 0, 53)
-    out = theirs.generate(tokens, attention_mask=real.long(), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    out = theirs.generate(
+        tokens, attention_mask=real.long(), max_new_tokens=40, do_sample=False, pad_token_id=0
+    )
     assert generate(model, PROMPTS, max_new_tokens=40) == out[:, 7:].tolist()
 
 
@@ -400,7 +418,9 @@ def test_greedy_equals_transformers_generate():
 def test_sampled_rows_depend_on_their_own_seed_only(n):
     model, sampler = make(), Sampler(temperature=1.3, top_p=0.95, repetition_penalty=1.1)
     together = generate(model, PROMPTS, max_new_tokens=n, sampler=sampler, seed=[7, 8, 9])
-    alone = [generate(model, [p], max_new_tokens=n, sampler=sampler, seed=s)[0] for p, s in zip(PROMPTS, (7, 8, 9))]
+    alone = [
+        generate(model, [p], max_new_tokens=n, sampler=sampler, seed=s)[0] for p, s in zip(PROMPTS, (7, 8, 9))
+    ]
     assert together == alone
     assert generate(model, PROMPTS, max_new_tokens=n, sampler=sampler, seed=7)[0] == alone[0]
     assert generate(model, [PROMPTS[0]] * 2, max_new_tokens=n, sampler=sampler, seed=7)[1] != alone[0]
@@ -431,7 +451,9 @@ def test_rows_stop_at_eos_and_the_others_go_on():
 def test_stop_ends_a_row():
     model = make()
     free = generate(model, PROMPTS, max_new_tokens=12)
-    stopped = generate(model, PROMPTS, max_new_tokens=12, stop=lambda ids: len(ids) == 3 or ids[-1] == free[1][1])
+    stopped = generate(
+        model, PROMPTS, max_new_tokens=12, stop=lambda ids: len(ids) == 3 or ids[-1] == free[1][1]
+    )
     assert stopped == [row[: min(3, 1 + row.index(free[1][1]) if free[1][1] in row else 3)] for row in free]
     assert list(stream(model, PROMPTS[0], max_new_tokens=12, stop=lambda ids: len(ids) == 4)) == free[0][:4]
 
@@ -456,9 +478,17 @@ def test_no_step_is_taken_after_the_last_row_ends():
         ([[1], []], {}, "prompt 1 is empty: give it at least one token"),
         ([[1], [2, 53]], {}, "prompt 1 holds the id 53, the vocabulary ends at 52"),
         ([[-1]], {}, "prompt 0 holds the id -1"),
-        ([[1] * 96], {}, r"96 prompt tokens and 5 new ones exceed the model's context of 100 \(max_seq_len\)"),
+        (
+            [[1] * 96],
+            {},
+            r"96 prompt tokens and 5 new ones exceed the model's context of 100 \(max_seq_len\)",
+        ),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
-        ([[1]], {"seed": [1, 2], "sampler": Sampler()}, "one seed per prompt, or one for all: got 2 for 1 prompts"),
+        (
+            [[1]],
+            {"seed": [1, 2], "sampler": Sampler()},
+            "one seed per prompt, or one for all: got 2 for 1 prompts",
+        ),
     ],
 )
 def test_generate_says_what_is_wrong(prompts, kwargs, message):
@@ -493,7 +523,9 @@ class Doubled(torch.nn.Linear):
 def test_what_cannot_be_prepared_is_decoded_without():
     model = make()
     model.blocks[1].attn.wo = Doubled(48, 48, bias=False).double()
-    with pytest.raises(ValueError, match="blocks.1.attn.wo is a Doubled, not a plain linear layer; pass the model"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.attn\.wo is a Doubled, not a plain linear layer; pass the model"
+    ):
         Prepared(model)
     assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
     model = make()
@@ -503,7 +535,9 @@ def test_what_cannot_be_prepared_is_decoded_without():
     handle.remove()
     assert g.obstacle(model) is None
     assert "layer" in str(g.obstacle(make(GLM)))
-    assert "rules of its own" in str(g.obstacle(Transformer(TINY, layout=lambda *a: (a[1], torch.zeros(1, 1)))))
+    assert "rules of its own" in str(
+        g.obstacle(Transformer(TINY, layout=lambda *a: (a[1], torch.zeros(1, 1))))
+    )
 
 
 def test_generation_leaves_the_model_as_it_was():
@@ -538,7 +572,9 @@ class LetterTokenizer(ByteTokenizer):
         return [ord(c) - 97 for c in text]
 
     def decode(self, ids):
-        return bytes(97 + i if i < 38 else 195 if i < 43 else 128 + i for i in ids if i != 52).decode(errors="replace")
+        return bytes(97 + i if i < 38 else 195 if i < 43 else 128 + i for i in ids if i != 52).decode(
+            errors="replace"
+        )
 
 
 class ChunkTokenizer(ByteTokenizer):
@@ -567,10 +603,15 @@ def test_pieces_are_whole_characters_and_make_up_the_text(text, cuts):
 @given(st.binary(max_size=40))
 @settings(max_examples=80, deadline=None)
 def test_pieces_of_any_bytes_are_what_decode_gives(data):
-    assert "".join(g.text_pieces(ByteTokenizer(), [b for b in data if b != 52])) == ByteTokenizer().decode(list(data))
+    assert "".join(g.text_pieces(ByteTokenizer(), [b for b in data if b != 52])) == ByteTokenizer().decode(
+        list(data)
+    )
 
 
-@given(st.lists(st.text("abAB", max_size=4), max_size=12), st.lists(st.text("abAB", min_size=1, max_size=4), max_size=3))
+@given(
+    st.lists(st.text("abAB", max_size=4), max_size=12),
+    st.lists(st.text("abAB", min_size=1, max_size=4), max_size=3),
+)
 @settings(max_examples=150, deadline=None)
 def test_until_cuts_at_the_first_mark_however_the_text_comes(pieces, stop):
     shown = "".join(g.until(pieces, stop))
@@ -646,7 +687,9 @@ def test_log_likelihood_is_the_sum_over_tokens(config, batch_size):
     continuations = [[7], [8], [7, 3], [2, 2, 2], [1, 7], [3], [7]]
     with torch.no_grad():
         expected = [naive_log_likelihood(model, p, c) for p, c in zip(prompts, continuations)]
-    assert log_likelihood(model, prompts, continuations, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+    assert log_likelihood(model, prompts, continuations, batch_size=batch_size) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_choices_of_one_token_cost_one_pass():
