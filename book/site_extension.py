@@ -31,6 +31,7 @@ from sphinx.application import Sphinx
 BOOK = Path(__file__).resolve().parent
 ROOT = BOOK.parent
 CHAPTERS = ROOT / "chapters"
+MIRROR = BOOK / "chapters"
 PACKAGE = ROOT / "minillm"
 
 ARXIV = re.compile(r"(?<![\w/\[.])arXiv:(\d{4}\.\d{4,5})(?!\d*\])")
@@ -220,17 +221,9 @@ def defined_names(source: str) -> list[str]:
     return [name for name in names if not name.startswith("__")]
 
 
-def table_or_imports(source: str) -> str:
-    """What to call a long exported cell that holds data or imports only, so that it is folded; "" for other cells."""
-    body = ast.parse(source).body
-    if source.count("\n") < 9 or not all(
-        isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign) for node in body
-    ):
-        return ""
-    if any(isinstance(node, ast.Import | ast.ImportFrom) for node in body):
-        return "imports"
-    names = defined_names(source)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def only(source: str, *kinds: type[ast.stmt]) -> bool:
+    """Is this a long cell of nothing but such statements?"""
+    return source.count("\n") > 10 and all(isinstance(node, kinds) for node in ast.parse(source).body)
 
 
 def alternative_text(source: str) -> str:
@@ -275,9 +268,10 @@ def notebook_page(text: str, chapters: list[Chapter]) -> str:
             metadata["mystnb"] = {"image": {"alt": alternative_text(cell["source"])}}
             if "export" in directives or "exports" in directives:
                 metadata["exports"] = defined_names(cell["source"])
-                fold = table_or_imports(cell["source"])
-                if fold and not metadata.get("tags"):
-                    metadata["tags"], metadata["fold"] = ["hide-input"], fold
+                if only(cell["source"], ast.Assign, ast.AnnAssign):
+                    metadata["tags"] = [*metadata.get("tags", []), "table"]  # data: scrolls in a window
+                elif only(cell["source"], ast.Import, ast.ImportFrom, ast.Assign):
+                    metadata["tags"], metadata["fold"] = [*metadata.get("tags", []), "hide-input"], "imports"
         cells.append(cell)
     notebook["cells"] = cells
     return json.dumps(notebook, ensure_ascii=False)
@@ -359,7 +353,7 @@ def link_definitions(app: Sphinx, doctree: nodes.document) -> None:
             for index, target in enumerate(targets):
                 label += nodes.Text(", " if index else "")
                 label += api_link(target, target if index == 0 else target.rpartition(".")[2], docname)
-            cell.insert(0, label)
+            cell.parent.insert(cell.parent.index(cell), label)
         for literal in list(doctree.findall(nodes.literal)):
             if re.fullmatch(r"minillm(\.\w+)+", literal.astext()) and isinstance(
                 literal.parent, nodes.paragraph
@@ -577,7 +571,7 @@ def whole_one_liner(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
 
 def mirror_chapters() -> None:
     """Copy chapters/*.ipynb to book/chapters/: MyST resolves links of files, and loses its way behind a symbolic link."""
-    mirror = BOOK / "chapters"
+    mirror = MIRROR
     if mirror.is_symlink():
         mirror.unlink()
     mirror.mkdir(exist_ok=True)
@@ -592,7 +586,6 @@ def mirror_chapters() -> None:
 
 
 def prepare(app: Sphinx) -> None:
-    mirror_chapters()
     write_api()
     from sphinx.util import logging
 
@@ -604,6 +597,9 @@ def prepare(app: Sphinx) -> None:
 
 def note_chapters(app: Sphinx, config: Any) -> None:
     """A chapter that appears or goes changes links on any page: everything is read again."""
+    global CHAPTERS
+    mirror_chapters()
+    CHAPTERS = MIRROR  # from here on: what others write meanwhile waits for the next build
     config.chapters_written = [chapter.name for chapter in contents() if chapter.written]
 
 
