@@ -113,3 +113,27 @@ def attention_reference(q, k, v, seen, slopes=None):
                 weights = weights / weights.sum()
                 out[b, h, t] = sum(weight * v[b, g, s] for weight, s in zip(weights, columns))
     return out
+
+
+def rope_reference(x, positions, rotary_dim, theta, interleaved):
+    """RoPE on (B, H, T, Dh), one pair of one token of one head at a time; positions may be fractions."""
+    out = x.double().clone()
+    for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:3])).tolist():
+        for i in range(rotary_dim // 2):
+            first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + rotary_dim // 2)
+            turn = 1j ** (positions[b, t].item() * theta ** (-2 * i / rotary_dim) / (torch.pi / 2))
+            turned = complex(x[b, h, t, first], x[b, h, t, second]) * turn
+            out[b, h, t, first], out[b, h, t, second] = turned.real, turned.imag
+    return out.to(x.dtype)
+
+
+def pack_reference(lengths, row_tokens, decreasing=True):
+    """Best fit: each length into the fullest row that has room, looking at every row every time."""
+    rows = []
+    for length in sorted(lengths, reverse=True) if decreasing else lengths:
+        fitting = [row for row in rows if sum(row) + length <= row_tokens]
+        if fitting:
+            max(fitting, key=sum).append(length)
+        else:
+            rows.append([length])
+    return rows
