@@ -61,6 +61,7 @@ __all__ = [
     "WRITERS",
     "ONLY_TRAINED",
     "HTML",
+    "TEST_CARDS",
     "PII",
     "TOXIC",
     "TRADITIONAL_WORDS",
@@ -2274,13 +2275,14 @@ def plant_html(config: CorpusConfig, index: int, r: Dice, ordinal: int) -> tuple
 
 
 # %% ../chapters/01_corpus.ipynb #ea819446
-# Nobody's data: RFC 2606 domains, RFC 5737 addresses, 555-01xx numbers, card numbers of the test range, identity numbers of
-# a region that does not exist.
+# Nobody's data: RFC 2606 domains, RFC 5737 addresses, 555-01xx numbers, the card numbers that payment services publish for
+# tests, identity numbers of a region that does not exist.
+TEST_CARDS = ("4111 1111 1111 1111", "4242 4242 4242 4242", "4012 8888 8888 1881", "5555 5555 5555 4444")
 PII = {
     "en": (
         ("email", "You can write to {a} at {v}.", "{word}{n2}@example.{tld}"),
         ("phone", "The number of {a} is {v}.", "({n3}) 555-01{n2}"),
-        ("card", "{a} paid with the card {v}.", "4111 1111 {n4} {n4}"),
+        ("card", "{a} paid with the card {v}.", "{card}"),
         ("ip", "{a} logged in from {v}.", "192.0.2.{n2}"),
     ),
     "zh": (
@@ -2299,10 +2301,9 @@ def plant_pii(config: CorpusConfig, index: int, r: Dice, ordinal: int) -> tuple[
     page.write(text)
     for kind, sentence, shape in pick_some(r, PII[lang], 1 + int(r() * 3)):
         name = pick(r, CAST_POOLS["a"])
-        digits = {f"n{n}": str(int((1 + 9 * r()) * 10 ** (n - 1))) for n in (1, 2, 3, 4)}
-        value = shape.format(
-            word=name.lower(), tld=pick(r, ("com", "org", "net")), year=1950 + int(r() * 50), **digits
-        )
+        digits = {f"n{n}": str(int((1 + 9 * r()) * 10 ** (n - 1))) for n in (1, 2, 3)}
+        words = {"word": name.lower(), "tld": pick(r, ("com", "org", "net")), "card": pick(r, TEST_CARDS)}
+        value = shape.format(**words, **digits, year=1950 + int(r() * 50))
         before, after = sentence.format(a=name if lang == "en" else NAMES[name], v="\0").split("\0")
         page.write("\n" + before)
         spans.append([page.size, page.size + len(value), kind])
@@ -2313,7 +2314,7 @@ def plant_pii(config: CorpusConfig, index: int, r: Dice, ordinal: int) -> tuple[
 # %% ../chapters/01_corpus.ipynb #48b64a7f
 TOXIC = {
     "en": ("grobnik", "snarfel", "vukkit", "blarg"),
-    "zh": ("乌噜", "呸嗒", "哇嚓", "咕嘿"),
+    "zh": ("乌噜", "呸嗒", "啵吱", "咕嘿"),
 }  # insults of no language
 
 

