@@ -88,13 +88,26 @@ def _llama(
 
 
 def tiny() -> RunConfig:
-    """About 2M parameters on the own corpus: ten minutes on two CPU cores, everything included."""
+    """About 2M parameters on the own corpus: ten minutes on two CPU cores, everything included.
+
+    Small steps and a learning rate that falls from the start: at this size 1,000 tokens a step learn more than 4,000, and
+    what is read out of a story is learned only once the rate is low.
+    """
     return RunConfig(
         recipe="tiny",
-        data=DataConfig(documents=40_000),
+        data=DataConfig(documents=75_000, corpus=CorpusConfig(stories=0.65, facts=0.12, arithmetic=0.23)),
         tokenizer=TokenizerConfig(vocab_size=1536, train_characters=1_000_000),
-        model=_llama(192, 4, 6, 3, 1536, 256, tied=True),
-        train=TrainConfig(steps=2000, batch_size=4, seq_len=256, max_lr=2e-3),
+        model=_llama(192, 4, 6, 6, 1536, 256, tied=True),
+        train=TrainConfig(
+            steps=5200,
+            batch_size=4,
+            seq_len=256,
+            max_lr=2.5e-3,
+            min_lr_ratio=0.02,
+            decay="linear",
+            decay_fraction=0.9,
+            eval_every=1000,
+        ),
     )
 
 
