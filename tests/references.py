@@ -137,3 +137,45 @@ def pack_reference(lengths, row_tokens, decreasing=True):
         else:
             rows.append([length])
     return rows
+
+
+def bpe_learn_reference(counts, n_merges, min_count):
+    """Recount every pair of every word for each merge: the definition of chapter 04, with its three limits."""
+    from minillm.tokenizer import MAX_TOKEN_BYTES, keeps_characters
+
+    words = [(list(word.encode("utf-8", "surrogatepass")), n) for word, n in counts.items()]
+    tokens, merges = [bytes([i]) for i in range(256)], []
+    while len(merges) < n_merges:
+        pairs = {}
+        for ids, n in words:
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] = pairs.get(pair, 0) + n
+        good = []
+        for (a, b), n in pairs.items():
+            token = tokens[a] + tokens[b]
+            if n >= min_count and len(token) <= MAX_TOKEN_BYTES and keeps_characters(token):
+                good.append((-n, (a, b)))
+        if not good:
+            break
+        pair = min(good)[1]
+        merges.append(pair)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        words = [(_bpe_merge(ids, pair, len(tokens) - 1), n) for ids, n in words]
+    return merges
+
+
+def _bpe_merge(ids, pair, new):
+    out, i = [], 0
+    while i < len(ids):
+        step = 2 if tuple(ids[i : i + 2]) == pair else 1
+        out.append(new if step == 2 else ids[i])
+        i += step
+    return out
+
+
+def bpe_encode_reference(merges, data):
+    """Apply each merge everywhere, in the order of the ranks."""
+    ids = list(data)
+    for rank, pair in enumerate(merges):
+        ids = _bpe_merge(ids, pair, 256 + rank)
+    return ids
