@@ -196,7 +196,7 @@ class RoPE2D(FixedBuffer):
         head_dim: width Dh of a head, a multiple of 4.
         theta: base of the frequencies.
 
-    Source: `modeling_chatglm.py` of ChatGLM-6B; the two positions are GLM's, arXiv:2103.10360, section 2.3.
+    Source: `modeling_chatglm.py` of ChatGLM-6B; the two positions are GLM's, arXiv:2103.10360, section 2.2.1.
     """
 
     slopes: Tensor | None = None
