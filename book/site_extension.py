@@ -35,6 +35,7 @@ MIRROR = BOOK / "chapters"
 PACKAGE = ROOT / "minillm"
 
 ARXIV = re.compile(r"(?<![\w/\[.])arXiv:(\d{4}\.\d{4,5})(?!\d*\])")
+FOR_TOOLS = re.compile(r" *# (fmt: (skip|off|on)|noqa\b.*|type: ignore.*)$", re.M)
 SECTION = re.compile(
     r"(Args|Attributes|Examples?|Notes?|Raises|Returns|Sources?|Warns|Yields):\s*$|- |\d+\. "
 )
@@ -261,7 +262,7 @@ def notebook_page(text: str, chapters: list[Chapter]) -> str:
             if "default_exp" in directives:
                 continue
             kept = [line for line in source.splitlines() if not re.match(r"#\||# ?NBVAL_", line)]
-            cell["source"] = "\n".join(kept).strip("\n")
+            cell["source"] = FOR_TOOLS.sub("", "\n".join(kept)).strip("\n")
             if not cell["source"] and not cell.get("outputs"):
                 continue
             metadata = cell.setdefault("metadata", {})
