@@ -141,6 +141,7 @@ __all__ = [
     "pad_replies",
     "write_preference",
     "write_parallel",
+    "tasks_of",
     "write_document",
     "document",
     "clean_document",
@@ -212,7 +213,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -275,7 +276,7 @@ def pick_some(r: Dice, items: Sequence[T], n: int) -> list[T]:
 # %% ../chapters/01_corpus.ipynb #c26c519e
 def pick_weighted(r: Dice, items: Sequence[tuple[float, T]]) -> T:
     """One of (weight, item), in proportion to the weights."""
-    left = r() * sum(weight for weight, _ in items)
+    left = r() * sum([weight for weight, _ in items])
     for weight, item in items:
         left -= weight
         if left < 0:
@@ -1180,7 +1181,7 @@ class CorpusConfig:
         if not any(getattr(self, part) for part in PARTS):
             raise ValueError("every part has share 0; give one of " + ", ".join(PARTS) + " a share")
 
-    @property
+    @cached_property
     def shares(self) -> tuple[tuple[float, str], ...]:
         """(share, part) of the parts that appear, adding up to one."""
         total = sum(getattr(self, part) for part in PARTS)
@@ -2054,6 +2055,17 @@ ONLY_TRAINED = {
 
 
 # %% ../chapters/01_corpus.ipynb #3b93b040
+@lru_cache(maxsize=64)
+def tasks_of(part: str, split: str) -> tuple[tuple[float, str], ...]:
+    """(weight, name) of the tasks of a part that have documents on a side of the split."""
+    return tuple(
+        (weight, name)
+        for name, (weight, _) in WRITERS[part].items()
+        if split == "train" or f"{part}.{name}" not in ONLY_TRAINED
+    )
+
+
+# %% ../chapters/01_corpus.ipynb #658e0e0f
 def write_document(task: Task, kind: str) -> Document:
     """One document of a part ("facts") or of one of its tasks ("facts.recall").
 
@@ -2067,11 +2079,7 @@ def write_document(task: Task, kind: str) -> Document:
         raise ValueError(
             f"kind {kind!r} does not exist; choose a part ({', '.join(WRITERS)}) or one of its tasks ({known})"
         )
-    if not name:
-        entries = [(weight, name) for name, (weight, _) in tasks.items()]
-        if task.split == "heldout":
-            entries = [entry for entry in entries if f"{part}.{entry[1]}" not in ONLY_TRAINED]
-        name = pick_weighted(task.r, entries)
+    name = name or pick_weighted(task.r, tasks_of(part, task.split))
     page, lang, truth = tasks[name][1](task)
     return Document(page.text, lang, part, task.split, {"task": name, "answers": page.answers, **truth})
 

@@ -980,6 +980,18 @@ def test_a_text_file_in_pieces_is_the_text_file(tmp_path_factory, text, limit):
     assert squeezed.replace(" ", "") == re.sub(r"[\n ]+", "", text)
 
 
+def test_a_long_line_in_pieces_gains_no_line_ends(tmp_path):
+    text = "汉字" * 300
+    docs = list(read_documents(write(tmp_path / "x.txt", text), max_chars=100))
+    assert len(docs) > 6
+    assert "".join(d.text for d in docs) == text
+
+
+def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
+    path = write(tmp_path / "x.jsonl", b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    assert [d.text for d in read_documents(path, on_error="raise")] == ["one", "two"]
+
+
 def test_text_files_lose_bad_lines_bom_and_nothing_else(tmp_path):
     stats = ReadStats()
     path = write(
