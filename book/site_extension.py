@@ -119,22 +119,12 @@ def map_markdown(chapters: list[Chapter]) -> str:
 
 def notation_markdown(chapters: list[Chapter]) -> str:
     """The notation section of chapter 00, so that it is written once."""
-    found: list[str] = []
-    for cell in chapters[0].cells:
-        if cell["cell_type"] != "markdown":
-            continue
-        for block in re.split(r"(?=^#{1,3} )", text_of(cell), flags=re.M):
-            heading = re.match(r"(#{1,3}) (.*)", block)
-            if heading:
-                inside = bool(found) and len(heading[1]) > 2
-                if not inside and found:
-                    return "".join(found)
-                if not inside and "notation" in heading[2].lower():
-                    found.append(block[heading.end() :])
-                    continue
-            if found:
-                found.append(block)
-    return "".join(found) or "The notation is defined in [chapter 00](chapters/00_evolution.ipynb)."
+    prose = "\n\n".join(text_of(cell) for cell in chapters[0].cells if cell["cell_type"] == "markdown")
+    found = re.search(r"^## Notation\n(.*?)(?=^## |\Z)", prose, re.S | re.M)
+    if not found:
+        return "The notation is defined in [chapter 00](chapters/00_evolution.ipynb)."
+    paragraphs = found[1].strip().split("\n\n")
+    return "\n\n".join(text for text in paragraphs if not (text is paragraphs[-1] and text.endswith(":")))
 
 
 def citations(chapters: list[Chapter]) -> dict[str, list[Chapter]]:
