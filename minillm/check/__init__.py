@@ -50,6 +50,9 @@ class Report:
     def passed(self) -> bool:
         return not any(self.reasons.values())
 
+    def _ipython_display_(self) -> None:
+        """A notebook shows nothing more: `check` has printed the report."""
+
     def __str__(self) -> str:
         good = sum(reason is None for reason in self.reasons.values())
         lines = [f"{self.exercise}: {good} of {len(self.reasons)} laws hold"]
