@@ -110,7 +110,9 @@ def map_markdown(chapters: list[Chapter]) -> str:
     lines.append(":::")
     for part in dict.fromkeys(chapter.part for chapter in chapters):
         written = [
-            f"chapters/{chapter.name}" for chapter in chapters if chapter.part == part and chapter.written
+            f"{chapter.short_title} <chapters/{chapter.name}>"
+            for chapter in chapters
+            if chapter.part == part and chapter.written
         ]
         if written:
             lines += ["", "```{toctree}", ":hidden:", f":caption: {part}", "", *written, "```"]
