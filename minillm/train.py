@@ -636,7 +636,7 @@ class Run:
         self.interval = {"loss": 0.0, "targets": 0, "seconds": 0.0}
         self.compiled = should_compile(model, config)
         self.saved_at = -1
-        self.flops = flops_per_token(model.config, config.seq_len, backward=True)
+        self.flops = float(flops_per_token(model.config, config.seq_len, backward=True))
         self.peak = peak_flops(config.dtype, str(self.device)) * engine.world_size
 
     def count(self, loss_nats: float, n_targets: int, seconds: float) -> None:
