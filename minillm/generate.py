@@ -353,7 +353,7 @@ class ScoreBias:
 
 
 # %% ../chapters/14_generate.ipynb #64782d09
-class HalfProjection:
+class HalfProjection(Projection):
     """A `Projection` whose weights stay in 16 bits, for models too large for a wider copy; the sums around it are wide."""
 
     def __init__(
@@ -383,10 +383,10 @@ class HalfProjection:
 class PreparedLayer(NamedTuple):
     """The four matrix products of a block."""
 
-    qkv: Projection | HalfProjection
-    out: Projection | HalfProjection
-    gate_up: Projection | HalfProjection
-    down: Projection | HalfProjection
+    qkv: Projection
+    out: Projection
+    gate_up: Projection
+    down: Projection
 
 
 # %% ../chapters/14_generate.ipynb #afad3a11
@@ -412,7 +412,8 @@ class Prepared:
 
     Args:
         model: of the LLaMA kind: RMSNorm, SwiGLU, rotary, ALiBi or no positions, plain linear layers.
-        wide: widen 16-bit weights to float32; by default if all of them then take at most `wide_bytes`.
+        projection: how each matrix is kept. By default `Projection`, in float32 at least, or `HalfProjection` where
+            the weights are in 16 bits and would take more than `wide_bytes` in 32.
 
     Raises:
         ValueError: the model is of another kind.
@@ -420,21 +421,22 @@ class Prepared:
 
     wide_bytes = 128 * 2**20  # what a large cache holds; beyond it reading half as many bytes wins
 
-    def __init__(self, model: Transformer, *, wide: bool | None = None):
+    def __init__(self, model: Transformer, *, projection: type[Projection] | None = None):
         reason = obstacle(model)
         if reason is not None:
             raise ValueError(f"cannot prepare this model: {reason}; pass the model itself")
         self.model, config, weight = model, model.config, model.embed.weight
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         n_bytes = sum(p.numel() for p in model.parameters()) * self.dtype.itemsize
-        wide = n_bytes <= self.wide_bytes if wide is None else wide
-        kind = Projection if wide or weight.dtype == self.dtype else HalfProjection
+        if projection is None:
+            keep = weight.dtype != self.dtype and n_bytes > self.wide_bytes
+            projection = HalfProjection if keep else Projection
         root = math.sqrt(config.dim)
 
-        def project(*linears: nn.Linear, norm: nn.Module | None = None) -> Projection | HalfProjection:
+        def project(*linears: nn.Linear, norm: nn.Module | None = None) -> Projection:
             scale = None if norm is None else cast(RMSNorm, norm).weight.detach().to(self.dtype) * root
             rows = [F.normalize(p.weight, dim=-1) if isinstance(p, NormHead) else p.weight for p in linears]
-            return kind(rows, [p.bias for p in linears], scale, self.dtype)
+            return projection(rows, [p.bias for p in linears], scale, self.dtype)
 
         self.embed = weight.detach().clone()
         self.layers: list[PreparedLayer] = []

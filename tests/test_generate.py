@@ -211,6 +211,15 @@ def test_filters_keep_the_best_and_never_reorder(values, p):
             assert logits[~kept].max() <= logits[kept].min()
 
 
+def test_top_p_at_its_edges():
+    even = torch.zeros(1, 4)  # four probabilities of exactly 1/4
+    for p, n in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3), (1.0, 4)):
+        assert (g.top_p_filter(even, p) > -math.inf).sum() == n
+    logits = torch.randn(50, 20)
+    kept = g.top_p_filter(logits, 1e-9) > -math.inf
+    assert torch.equal(kept.nonzero()[:, 1], logits.argmax(-1))
+
+
 # Drawing.
 
 
@@ -327,9 +336,9 @@ def test_prepared_in_float32_stays_within_the_logits_tolerance():
         assert (ours - model(tokens)[:, 1:]).abs().max() < LOGITS[torch.float32]
 
 
-@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("projection", [g.Projection, g.HalfProjection])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_prepared_bfloat16_errs_no_more_than_the_model(wide, batch):
+def test_prepared_bfloat16_errs_no_more_than_the_model(projection, batch):
     model = make(LLAMA_LIKE["chatglm2"], torch.float32)
     half = make(LLAMA_LIKE["chatglm2"], torch.bfloat16)
     with torch.no_grad():
@@ -340,7 +349,7 @@ def test_prepared_bfloat16_errs_no_more_than_the_model(wide, batch):
     cache = half.make_cache(batch, 20)
     with torch.no_grad():
         g.prefill(half, tokens[:, :1], real[:, :1], cache)
-        session = g.FastSession(Prepared(half, wide=wide), cache, real)
+        session = g.FastSession(Prepared(half, projection=projection), cache, real)
         ours = torch.stack([session.step(tokens[:, t]).clone() for t in range(1, 20)], dim=1)
         assert_low_precision(ours, half(tokens)[:, 1:], model(tokens)[:, 1:])
 
@@ -515,6 +524,17 @@ def test_a_prepared_model_is_a_snapshot():
     assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
 
 
+def test_large_16_bit_models_stay_in_16_bits(monkeypatch):
+    for dtype, kind in ((torch.float32, g.Projection), (torch.bfloat16, g.Projection)):
+        assert type(Prepared(make(dtype=dtype)).head) is kind
+    monkeypatch.setattr(Prepared, "wide_bytes", 1000)
+    for dtype, kind in ((torch.float32, g.Projection), (torch.bfloat16, g.HalfProjection)):
+        prepared = Prepared(make(dtype=dtype))
+        assert type(prepared.head) is kind
+        assert prepared.head.weight.dtype == dtype
+        assert prepared.dtype == torch.float32
+
+
 class Doubled(torch.nn.Linear):
     def forward(self, input):
         return 2 * super().forward(input)
@@ -534,6 +554,8 @@ def test_what_cannot_be_prepared_is_decoded_without():
     assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
     handle.remove()
     assert g.obstacle(model) is None
+    model.norm.register_forward_pre_hook(lambda module, inputs: None)
+    assert g.obstacle(model) == "norm has a forward hook"
     assert "layer" in str(g.obstacle(make(GLM)))
     assert "rules of its own" in str(
         g.obstacle(Transformer(TINY, layout=lambda *a: (a[1], torch.zeros(1, 1))))
@@ -598,6 +620,17 @@ def test_pieces_are_whole_characters_and_make_up_the_text(text, cuts):
     pieces = list(g.text_pieces(ChunkTokenizer(chunks), list(range(len(chunks)))))
     assert "".join(pieces) == text
     assert all(pieces)
+
+
+class SpacedTokenizer(ByteTokenizer):
+    """Each id is a word with a space before it; the first space of a text is dropped, as SentencePiece does."""
+
+    def decode(self, ids):
+        return "".join(f" {i}" for i in ids).removeprefix(" ")
+
+
+def test_pieces_keep_the_spaces_that_a_decoder_drops_at_the_beginning():
+    assert list(g.text_pieces(SpacedTokenizer(), [1, 2, 3])) == ["1", " 2", " 3"]
 
 
 @given(st.binary(max_size=40))
