@@ -267,13 +267,14 @@ def prefix_layout(
     Source: GLM, arXiv:2103.10360, section 2.2.1.
     """
     start = 0 if cache is None else cache.length
-    end = start + tokens.shape[1]
-    columns = torch.arange(start, end, device=tokens.device).expand(tokens.shape)
-    prefix = torch.zeros_like(columns[:, :1]) if mask.prefix is None else mask.prefix[:, None]
-    first = torch.minimum(columns, (prefix - 1).clamp(min=0))
-    if mask.keys is not None:
-        first = (mask.keys[:, :end].long().cumsum(1) - 1).clamp(min=0).gather(1, first)
-    return mask, torch.stack((first, (columns - prefix + 1).clamp(min=0)), dim=1)
+    columns = torch.arange(start + tokens.shape[1], device=tokens.device)
+    real = torch.ones_like(columns)[None] if mask.keys is None else mask.keys[:, : len(columns)].long()
+    seen = real.cumsum(1).expand(len(tokens), -1)
+    given = torch.zeros_like(seen[:, :1])  # real tokens in the prefix
+    if mask.prefix is not None:
+        given = (real * (columns < mask.prefix[:, None])).sum(1, keepdim=True)
+    both = torch.stack((torch.minimum(seen, given) - 1, seen - given), dim=1)
+    return mask, both.clamp(min=0)[..., start:]
 
 
 # %% ../chapters/10_transformer.ipynb #c4d5f881

@@ -166,12 +166,6 @@ def _(block):
     close(block(x, torch.zeros_like, torch.zeros_like, norm, norm), x)
 
 
-@law("transformer.block", "each part has its own norm", hint="attn_norm before attn, mlp_norm before mlp")
-def _(block):
-    result = block(torch.tensor([1.0]), lambda x: x, lambda x: 100 * x, lambda x: 3 * x, lambda x: 5 * x)
-    close(result, torch.tensor([2004.0]))
-
-
 @law(
     "transformer.block",
     "the MLP reads what the attention wrote",
@@ -180,6 +174,12 @@ def _(block):
 def _(block):
     result = block(torch.tensor([2.0]), lambda x: x, lambda x: x * x, lambda x: x, lambda x: x)
     close(result, torch.tensor([20.0]))
+
+
+@law("transformer.block", "each part has its own norm", hint="attn_norm before attn, mlp_norm before mlp")
+def _(block):
+    result = block(torch.tensor([1.0]), lambda x: x, lambda x: 100 * x, lambda x: 3 * x, lambda x: 5 * x)
+    close(result, torch.tensor([2004.0]))
 
 
 # candidate(config) -> int
