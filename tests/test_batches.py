@@ -280,6 +280,25 @@ def test_missing_swapped_and_foreign_files(folder, tmp_path):
             TokenShards(folder)
 
 
+def test_damaged_boundaries_are_found_without_reading_the_tokens(folder):
+    path = folder / "tokens-00000.bin"
+    whole = path.read_bytes()
+    for at, error in ((-8, "its counts differ from those in index.json"), (-16, "the ends are damaged")):
+        damaged = bytearray(whole)
+        damaged[at + 4] ^= 1  # a boundary 2**32 tokens further on
+        path.write_bytes(damaged)
+        with pytest.raises(ShardError, match=error):
+            TokenShards(folder)
+
+
+def test_a_file_with_other_documents_is_not_of_this_set(tmp_path):
+    write_shards([[1, 2, 3], [4]], tmp_path / "a", vocab_size=10, eos_id=0)
+    write_shards([[1, 2, 3, 4, 5]], tmp_path / "b", vocab_size=10, eos_id=0)
+    (tmp_path / "a" / "tokens-00000.bin").write_bytes((tmp_path / "b" / "tokens-00000.bin").read_bytes())
+    with pytest.raises(ShardError, match=r"tokens-00000.bin: its counts differ"):
+        TokenShards(tmp_path / "a", verify=True)
+
+
 def test_document_numbers_are_checked(folder):
     shards = TokenShards(folder)
     for i in (-1, len(shards)):
