@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +50,22 @@ class RunArgs:
     """No progress bars."""
 
 
+def _parse(kind: Any, **options: Any) -> Any:
+    """`tyro.cli`, except that a value which a dataclass refuses is an error of ours: one line."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, **options)
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, ValueError):
+            cause = cause.__context__
+        if isinstance(cause, ValueError):
+            raise cause from None
+        sys.stderr.write(printed.getvalue())
+        raise
+
+
 def _parse_run(command: str, description: str, argv: Sequence[str]) -> tuple[RunArgs, RunConfig]:
     """Two passes: the recipe first, since it gives every other setting its default."""
     from minillm.recipes import RunConfig, recipe
@@ -69,7 +87,7 @@ def _parse_run(command: str, description: str, argv: Sequence[str]) -> tuple[Run
         ),
     ]
     both = dataclasses.make_dataclass("Args", fields)
-    args: Any = tyro.cli(both, prog=f"minillm {command}", description=description, args=argv)
+    args: Any = _parse(both, prog=f"minillm {command}", description=description, args=argv)
     return args.run, args.config
 
 
@@ -136,7 +154,7 @@ class GenerateArgs:
 
 
 def _generate(argv: Sequence[str]) -> int:
-    args = tyro.cli(GenerateArgs, prog="minillm generate", args=list(argv))
+    args = _parse(GenerateArgs, prog="minillm generate", args=list(argv))
     from minillm.generate import Sampler, stream_text
     from minillm.runtime import pick_device
     from minillm.speedrun import load_run
@@ -234,7 +252,7 @@ def _tokenizer(argv: Sequence[str]) -> int:
         text = "minillm tokenizer train | encode | decode    (each with --help)"
         print(text if wanted else f"minillm: error: {text}", file=sys.stdout if wanted else sys.stderr)
         return 0 if wanted else 2
-    args: Any = tyro.cli(commands[argv[0]], prog=f"minillm tokenizer {argv[0]}", args=list(argv[1:]))
+    args: Any = _parse(commands[argv[0]], prog=f"minillm tokenizer {argv[0]}", args=list(argv[1:]))
     if argv[0] == "train":
         return _tokenizer_train(args)
     tokenizer = _load_tokenizer(args.tokenizer)
@@ -293,7 +311,7 @@ class InfoArgs:
 
 
 def _info(argv: Sequence[str]) -> int:
-    args = tyro.cli(InfoArgs, prog="minillm info", args=list(argv))
+    args = _parse(InfoArgs, prog="minillm info", args=list(argv))
     import json
 
     from minillm.recipes import RECIPES, recipe

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from minillm.batches import Loader, TokenShards, write_shards
 from minillm.checkpoint import CheckpointError, MiniLLMError, atomic_write, load_model, save_model
-from minillm.corpus import Document, generate, questions
+from minillm.corpus import Document, generate, questions, read_documents
 from minillm.generate import Sampler, generate_text
 from minillm.generate import generate as generate_tokens
 from minillm.recipes import RunConfig
@@ -120,8 +120,6 @@ def documents(config: RunConfig, split: str) -> Iterator[Document]:
             data.corpus, n_documents=data.documents if split == "train" else data.held_out, split=split
         )
         return
-    from minillm.corpus import read_documents
-
     held_out = 0
     for document in read_documents(list(data.sources), on_error="skip"):
         digest = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -238,8 +236,10 @@ def _held_out(run: _Run, config: RunConfig) -> Loader:
 def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
     config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, dtype=dtype))
     seed_everything(config.train.seed)
-    model = Transformer(config.model).to(device)
-    n_parameters = count_parameters(config.model).total
+    # Little text may hold fewer tokens than were asked for.
+    vocab_size = load_tokenizer(run.folder / "tokenizer.json").vocab_size
+    model = Transformer(dataclasses.replace(config.model, vocab_size=vocab_size)).to(device)
+    n_parameters = count_parameters(model.config).total
     held_out = _held_out(run, config)
     if not (run.folder / "checkpoints").exists():
         seconds = _estimate(model, config, device, run)
