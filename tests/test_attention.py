@@ -365,16 +365,34 @@ def test_explicit_angles_replace_the_counted_ones():
 
 
 def test_a_mask_builds_its_tensor_once_for_all_layers():
-    mask, cpu = Mask(keys=torch.ones(1, 4, dtype=torch.bool)), torch.device("cpu")
-    first = mask.additive(4, 4, cpu, torch.float32)
-    assert mask.additive(4, 4, cpu, torch.float32) is first
-    a, b = alibi_slopes(4), 2 * alibi_slopes(4)
-    assert torch.equal(mask.additive(4, 4, cpu, torch.float32, b), mask.additive(4, 4, cpu, torch.float32, a) + 
-                       mask.additive(4, 4, cpu, torch.float32, a))  # fmt: skip
-    assert mask.additive(2, 4, cpu, torch.float32).shape == (1, 1, 2, 4)
-    assert mask.additive(4, 4, cpu, torch.float64).dtype == torch.float64
+    mask, seen = Mask(keys=torch.ones(1, 4, dtype=torch.bool)), visible(4, 4)
+    first = mask.additive(4, 4, "cpu", torch.float32)
+    assert mask.additive(4, 4, "cpu", torch.float32) is first
+    for slopes in (
+        None,
+        alibi_slopes(4),
+        2 * alibi_slopes(4),
+    ):  # what differs in one thing is not taken for the same
+        for dtype in (torch.float32, torch.float64):
+            bias = mask.additive(4, 4, "cpu", dtype, slopes)
+            assert bias.dtype == dtype
+            assert torch.equal(bias, score_bias(seen, dtype, slopes))
+    slopes = [alibi_slopes(4), 2 * alibi_slopes(4)]
+    assert not torch.equal(*(mask.additive(4, 4, "cpu", torch.float32, one) for one in slopes))
+    assert mask.additive(2, 4, "cpu", torch.float32, slopes[1]).shape[2:] == (2, 4)
     assert Mask().plain
     assert not mask.plain
+
+
+def test_plain_causality_needs_no_tensor(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a dense mask was built")
+
+    monkeypatch.setattr(Mask, "additive", refuse)
+    for mask, T, S in ((Mask(), 5, 5), (Mask(), 1, 5), (Mask(causal=False), 3, 5)):
+        attend(*random_qkv(T=T, S=S), mask)
+    with pytest.raises(AssertionError, match="a dense mask was built"):
+        attend(*random_qkv(T=2, S=5), Mask())
 
 
 def test_a_mask_first_used_in_inference_mode_trains():
