@@ -120,8 +120,11 @@ def documents(config: RunConfig, split: str) -> Iterator[Document]:
             data.corpus, n_documents=data.documents if split == "train" else data.held_out, split=split
         )
         return
-    held_out = 0
-    for document in read_documents(list(data.sources), on_error="skip"):
+    held_out, characters = 0, 4 * config.train.seq_len
+    read = read_documents(list(data.sources), on_error="skip")
+    for document in (
+        dataclasses.replace(d, text=text) for d in read for text in passages(d.text, characters)
+    ):
         digest = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         if int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64 and held_out < data.held_out:
             held_out += 1
@@ -129,6 +132,17 @@ def documents(config: RunConfig, split: str) -> Iterator[Document]:
                 yield document
         elif split == "train":
             yield document
+
+
+def passages(text: str, characters: int) -> Iterator[str]:
+    """A text in passages of about so many characters, cut at the ends of lines where it can be; a whole book is one document."""
+    while len(text) > characters:
+        line, word = (text.rfind(end, characters // 2, characters) + 1 for end in "\n ")
+        cut = line or word or characters
+        yield text[:cut]
+        text = text[cut:]
+    if text:
+        yield text
 
 
 def _corpus(run: _Run) -> str:

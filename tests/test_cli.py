@@ -155,6 +155,16 @@ def test_speedrun_on_real_text(tmp_path):
     assert (tmp_path / "runs" / "book" / "report.html").exists()
 
 
+def test_a_book_is_cut_into_passages_and_nothing_is_lost():
+    from minillm.speedrun import passages
+
+    book = "".join(f"line {i} of a book\n" * (i % 3) + "x" * (i % 7 == 0) * 90 for i in range(200))
+    parts = list(passages(book, 80))
+    assert "".join(parts) == book
+    assert max(map(len, parts)) <= 80
+    assert sum(part.endswith("\n") for part in parts) > len(parts) / 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
