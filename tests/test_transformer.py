@@ -176,7 +176,7 @@ def test_gradients_equal_transformers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_the_glm_block_equals_the_slow_reference(dtype):
-    model, x, prefix = randomised(GLM, dtype), tokens(2, 10), torch.tensor([4, 7])
+    model, x, prefix = randomised(GLM, dtype), tokens(2, 7), torch.tensor([3, 5])
     logits = model(x, mask=Mask(prefix=prefix))
     for row in range(2):
         expected = glm_logits_reference(
@@ -649,7 +649,7 @@ for change, mask in (({}, None), ({}, packed), (chatglm2, None), (glm, packed), 
     torch._dynamo.reset()
     model = Transformer(dataclasses.replace(tiny, **change))
     gradients = []
-    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
         loss = F.cross_entropy(run(x, mask=mask)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for eager, traced in zip(*gradients):
