@@ -18,6 +18,8 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        if "outputs" in cell:  # warnings and bars go to the reader's screen, not into the book
+            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             if "metadata" in output:

@@ -95,17 +95,17 @@ def tiny() -> RunConfig:
     """
     return RunConfig(
         recipe="tiny",
-        data=DataConfig(documents=75_000, corpus=CorpusConfig(stories=0.65, facts=0.12, arithmetic=0.23)),
+        data=DataConfig(documents=70_000, corpus=CorpusConfig(stories=0.65, facts=0.12, arithmetic=0.23)),
         tokenizer=TokenizerConfig(vocab_size=1536, train_characters=1_000_000),
         model=_llama(192, 4, 6, 6, 1536, 256, tied=True),
         train=TrainConfig(
-            steps=5200,
+            steps=4600,
             batch_size=4,
             seq_len=256,
-            max_lr=2.5e-3,
+            max_lr=2e-3,
             min_lr_ratio=0.02,
             decay="linear",
-            decay_fraction=0.9,
+            decay_fraction=0.8,
             eval_every=1000,
         ),
     )

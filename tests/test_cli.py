@@ -83,7 +83,7 @@ def test_the_same_command_again_does_nothing_twice(run):
 def test_another_config_in_the_same_folder_is_refused(run):
     done = minillm("speedrun", *SMALL, "--train.max-lr", "0.5", cwd=run[0])
     assert done.returncode == 2
-    assert "train.max_lr=0.0025, now train.max_lr=0.5" in done.stderr
+    assert "train.max_lr=0.002, now train.max_lr=0.5" in done.stderr
     assert "--restart" in done.stderr
 
 
@@ -207,7 +207,7 @@ def test_help_teaches(command, capsys):
     text = capsys.readouterr().out
     assert status == 0
     if command in ("speedrun", "pretrain"):
-        for option in ("--train.max-lr", "--model.dim", "--data.sources", "--recipe", "default: 0.0025"):
+        for option in ("--train.max-lr", "--model.dim", "--data.sources", "--recipe", "default: 0.002"):
             assert option in text
 
 
