@@ -160,8 +160,12 @@ def test_exported_cells_are_complete_and_short(path):
             f"two definitions in one exported cell: {[node.name for node in definitions]}"
         )
         for definition in definitions:
-            assert ast.get_docstring(definition) or definition.name.startswith("_"), f"{definition.name}: no docstring"
-            assert body_lines(definition) <= MAX_CLASS_LINES, f"{definition.name}: {body_lines(definition)} lines"
+            assert ast.get_docstring(definition) or definition.name.startswith("_"), (
+                f"{definition.name}: no docstring"
+            )
+            assert body_lines(definition) <= MAX_CLASS_LINES, (
+                f"{definition.name}: {body_lines(definition)} lines"
+            )
             for node in ast.walk(definition):
                 if isinstance(node, ast.FunctionDef):
                     assert body_lines(node) <= MAX_FUNCTION_LINES, f"{node.name}: {body_lines(node)} lines"

@@ -17,7 +17,9 @@ SOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize(("exercise", "law"), [(name, law) for name in SOLUTIONS for law in laws(name)], ids=str)
+@pytest.mark.parametrize(
+    ("exercise", "law"), [(name, law) for name in SOLUTIONS for law in laws(name)], ids=str
+)
 def test_the_package_obeys_its_laws(exercise, law):
     law(SOLUTIONS[exercise])
 
@@ -36,7 +38,10 @@ def rms(x, weight, eps, dim=-1, outside=False, wide=True):
         (lambda x, w, eps: rms(x, w, eps, outside=True), "eps is inside the root"),
         (lambda x, w, eps: rms(x.detach(), w, eps), "the gradient is right"),
         (lambda x, w, eps: rms(x, w, eps, wide=False), "float16 does not overflow"),
-        (lambda x, w, eps: rms(x, w, eps).float() if x.dtype == torch.bfloat16 else rms(x, w, eps), "bfloat16 goes in and comes out"),
+        (
+            lambda x, w, eps: rms(x, w, eps).float() if x.dtype == torch.bfloat16 else rms(x, w, eps),
+            "bfloat16 goes in and comes out",
+        ),
         (lambda x, w, eps: rms(x, w, eps, dim=1) if x.dim() == 3 else rms(x, w, eps), "equals the formula"),
     ],
 )

@@ -42,7 +42,10 @@ TEXTS = [
 ] * 4
 # Everything that a Python string can hold, with more of what is delicate.
 ANY_TEXT = st.text(
-    st.characters() | st.characters(categories=["Cs"]) | st.sampled_from(" \t\n\u2581\u3000_09aé猫小。1\ud83d\U0001f469"), max_size=40
+    st.characters()
+    | st.characters(categories=["Cs"])
+    | st.sampled_from(" \t\n\u2581\u3000_09aé猫小。1\ud83d\U0001f469"),
+    max_size=40,
 )
 
 
@@ -92,7 +95,9 @@ SOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize(("exercise", "law"), [(name, law) for name in SOLUTIONS for law in laws(name)], ids=str)
+@pytest.mark.parametrize(
+    ("exercise", "law"), [(name, law) for name in SOLUTIONS for law in laws(name)], ids=str
+)
 def test_the_package_obeys_its_laws(exercise, law):
     law(SOLUTIONS[exercise])
 
@@ -131,20 +136,44 @@ def learn(counts, n_merges, weight=lambda n: n, tie=lambda pair: pair, unit=str.
     ("exercise", "wrong", "law"),
     [
         ("tokenizer.learn", lambda counts, n: [(0, 0)] * n, "the most frequent pair comes first"),
-        ("tokenizer.learn", lambda counts, n: learn(counts, n, weight=lambda n: 1), "the most frequent pair comes first"),
-        ("tokenizer.learn", lambda counts, n: learn(counts, n, tie=lambda p: (-p[0], p[1])), "of equally frequent pairs the smallest ids win"),
-        ("tokenizer.learn", lambda counts, n: learn(counts, n, unit=lambda w: map(ord, w)), "characters of several bytes"),
+        (
+            "tokenizer.learn",
+            lambda counts, n: learn(counts, n, weight=lambda n: 1),
+            "the most frequent pair comes first",
+        ),
+        (
+            "tokenizer.learn",
+            lambda counts, n: learn(counts, n, tie=lambda p: (-p[0], p[1])),
+            "of equally frequent pairs the smallest ids win",
+        ),
+        (
+            "tokenizer.learn",
+            lambda counts, n: learn(counts, n, unit=lambda w: map(ord, w)),
+            "characters of several bytes",
+        ),
         ("tokenizer.encode", lambda merges, data: data.decode(), "without merges the ids are the bytes"),
         ("tokenizer.encode", lambda merges, data: list(data), "a pair becomes 256 plus its rank"),
         ("tokenizer.encode", longest_first, "the oldest merge goes first"),
-        ("tokenizer.chat", lambda t, turns: t.encode("".join(f"<|{r}|>{c}<|end|>" for r, c in turns)), "a turn is its role, its text and an end"),
+        (
+            "tokenizer.chat",
+            lambda t, turns: t.encode("".join(f"<|{r}|>{c}<|end|>" for r, c in turns)),
+            "a turn is its role, its text and an end",
+        ),
         (
             "tokenizer.chat",
             lambda t, turns: t.encode("".join(f"<|{r}|>{c}<|end|>" for r, c in turns), allowed_special="all"),
             "what a user writes makes no special token",
         ),
-        ("tokenizer.stream", lambda chunks: (c.decode(errors="replace") for c in chunks), "a character is never cut"),
-        ("tokenizer.stream", lambda chunks: [b"".join(chunks).decode(errors="replace")], "text comes out as it comes in"),
+        (
+            "tokenizer.stream",
+            lambda chunks: (c.decode(errors="replace") for c in chunks),
+            "a character is never cut",
+        ),
+        (
+            "tokenizer.stream",
+            lambda chunks: [b"".join(chunks).decode(errors="replace")],
+            "text comes out as it comes in",
+        ),
     ],
 )
 def test_check_names_the_broken_law(exercise, wrong, law):
@@ -174,7 +203,9 @@ def test_pretokens_are_what_the_chapter_says():
 
 
 def test_no_token_of_a_trained_vocabulary_holds_two_digits():
-    tokens = [module.whole_text(t) for t in train_bpe(["1234567890 " * 9, "１２３" * 9, "١٢٣" * 9], 300).tokens]
+    tokens = [
+        module.whole_text(t) for t in train_bpe(["1234567890 " * 9, "１２３" * 9, "١٢٣" * 9], 300).tokens
+    ]
     assert not any(len(re.findall(r"\d", token)) > 1 for token in tokens)
     merged = train_bpe(["1234567890 " * 9], 300, split_digits=False)
     assert len(merged.encode("1234567890")) == 1
@@ -194,7 +225,9 @@ def counts_of(texts, split_digits=True):
     st.integers(1, 3),
 )
 def test_learning_equals_the_naive_trainer(counts, n_merges, min_count):
-    assert learn_merges(counts, n_merges, min_count=min_count) == bpe_learn_reference(counts, n_merges, min_count)
+    assert learn_merges(counts, n_merges, min_count=min_count) == bpe_learn_reference(
+        counts, n_merges, min_count
+    )
 
 
 def test_learning_equals_the_naive_trainer_on_text():
@@ -213,9 +246,14 @@ def test_learning_equals_hugging_face_tokenizers():
     fast = FastTokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + 100, initial_alphabet=list(as_characters(range(256))), show_progress=False, min_frequency=2
+        vocab_size=256 + 100,
+        initial_alphabet=list(as_characters(range(256))),
+        show_progress=False,
+        min_frequency=2,
     )
-    fast.train_from_iterator([" ".join([as_characters(word.encode())] * n) for word, n in words.items()], trainer)
+    fast.train_from_iterator(
+        [" ".join([as_characters(word.encode())] * n) for word, n in words.items()], trainer
+    )
     theirs = [tuple(pair) for pair in json.loads(fast.to_str())["model"]["merges"]]
     table = MergeTable(learn_merges(words, 100))
     ours = [(as_characters(table.tokens[a]), as_characters(table.tokens[b])) for a, b in table.merges]
@@ -243,7 +281,9 @@ def test_learning_does_not_depend_on_the_order_of_texts():
 
 
 def test_tokens_keep_characters_and_stay_short():
-    table = MergeTable(learn_merges(Counter({"-" * 1000: 3, "一丁一七一万丈三上下不与" * 3: 5}), 300, min_count=1))
+    table = MergeTable(
+        learn_merges(Counter({"-" * 1000: 3, "一丁一七一万丈三上下不与" * 3: 5}), 300, min_count=1)
+    )
     assert max(map(len, table.tokens)) == module.MAX_TOKEN_BYTES
     assert all(map(keeps_characters, table.tokens))
     assert not keeps_characters("丁".encode()[1:] + b"a")
@@ -253,7 +293,9 @@ def test_tokens_keep_characters_and_stay_short():
 
 
 def test_training_says_what_it_cannot_do(caplog):
-    with pytest.raises(ValueError, match="vocab_size 200 is too small: 256 bytes and 7 special tokens need 263"):
+    with pytest.raises(
+        ValueError, match="vocab_size 200 is too small: 256 bytes and 7 special tokens need 263"
+    ):
         train_bpe(TEXTS, 200)
     with pytest.raises(ValueError, match=r"write \[text\]"):
         train_bpe("one string", 300)
@@ -281,7 +323,9 @@ def test_every_merge_shortens_the_training_text_as_counted():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.text("aab", min_size=1, max_size=10), min_size=1, max_size=20), st.text("aab", max_size=40))
+@given(
+    st.lists(st.text("aab", min_size=1, max_size=10), min_size=1, max_size=20), st.text("aab", max_size=40)
+)
 def test_encoding_equals_the_definition(words, text):
     merges = learn_merges(Counter(words), 30, min_count=1)
     table = MergeTable(merges)
@@ -328,7 +372,11 @@ def test_a_long_piece_takes_time_in_proportion():
 def test_a_batch_is_encoded_as_its_texts(bpe_and_merged, texts):
     for tokenizer in bpe_and_merged:
         naive = [
-            [7 + i for word in tokenizer.findall(text) for i in bpe_encode_reference(tokenizer.table.merges, word.encode("utf-8", "surrogatepass"))]
+            [
+                7 + i
+                for word in tokenizer.findall(text)
+                for i in bpe_encode_reference(tokenizer.table.merges, word.encode("utf-8", "surrogatepass"))
+            ]
             for text in texts
         ]
         assert [tokenizer.encode(text) for text in texts] == naive
@@ -337,7 +385,10 @@ def test_a_batch_is_encoded_as_its_texts(bpe_and_merged, texts):
 
 @pytest.fixture(scope="module")
 def bpe_and_merged():
-    return [train_bpe([*TEXTS, "a    b  \t\t  c   \u3000 d    \n"] * 2, 450, split_digits=split) for split in (True, False)]
+    return [
+        train_bpe([*TEXTS, "a    b  \t\t  c   \u3000 d    \n"] * 2, 450, split_digits=split)
+        for split in (True, False)
+    ]
 
 
 def test_long_texts_and_batches_take_the_fast_way_to_the_same_ids(bpe, monkeypatch):
@@ -399,7 +450,10 @@ def test_half_a_character_is_replaced(bpe):
 
 def test_ids_that_do_not_exist_are_refused(any_tokenizer):
     for wrong in (-1, any_tokenizer.vocab_size, 10**9):
-        with pytest.raises(ValueError, match=f"id {wrong} is not in this vocabulary: ids are 0 … {any_tokenizer.vocab_size - 1}"):
+        with pytest.raises(
+            ValueError,
+            match=f"id {wrong} is not in this vocabulary: ids are 0 … {any_tokenizer.vocab_size - 1}",
+        ):
             any_tokenizer.decode([3, wrong, 4])
     assert any_tokenizer.decode([]) == ""
     assert any_tokenizer.decode(np.array(any_tokenizer.encode("猫 1"))) == "猫 1"
@@ -479,8 +533,13 @@ def test_a_published_model_behaves_as_published(tmp_path):
         byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')  # Hugging Face's own file beside it
-    tokenizer, processor = load_tokenizer(tmp_path), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    (tmp_path / "tokenizer.json").write_text(
+        '{"version": "1.0", "model": {}}'
+    )  # Hugging Face's own file beside it
+    tokenizer, processor = (
+        load_tokenizer(tmp_path),
+        sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()),
+    )
     for text in ("the cat", "小猫", "a\u2581b"):
         assert tokenizer.encode(text) == processor.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == processor.decode(processor.encode(text))
@@ -489,7 +548,13 @@ def test_a_published_model_behaves_as_published(tmp_path):
     assert tokenizer.encode("x", bos=True)[0] == processor.bos_id()
 
 
-GOOD = {"format": "minillm.bpe", "version": 1, "split_digits": True, "special_tokens": ["<|pad|>"], "merges": [[97, 98]]}
+GOOD = {
+    "format": "minillm.bpe",
+    "version": 1,
+    "split_digits": True,
+    "special_tokens": ["<|pad|>"],
+    "merges": [[97, 98]],
+}
 
 
 @pytest.mark.parametrize(
@@ -538,7 +603,13 @@ def test_a_damaged_file_is_refused(bpe, piece, tmp_path):
         path.write_bytes(bad)
         with pytest.raises(TokenizerError, match=re.escape(str(path))):
             load_tokenizer(path)
-    for model in ("", "!", base64.b64encode(b"no model").decode(), base64.b64encode(piece.model[:200]).decode(), 3):
+    for model in (
+        "",
+        "!",
+        base64.b64encode(b"no model").decode(),
+        base64.b64encode(piece.model[:200]).decode(),
+        3,
+    ):
         path.write_text(json.dumps({"format": "minillm.sentencepiece", "version": 1, "model": model}))
         with pytest.raises(TokenizerError, match=re.escape(str(path))):
             load_tokenizer(path)

@@ -20,7 +20,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, *, scale: float =
     torch.testing.assert_close(actual, expected, rtol=rtol * scale, atol=atol * scale)
 
 
-def assert_low_precision(actual: torch.Tensor, naive: torch.Tensor, exact: torch.Tensor, *, floor: float = 1e-3) -> None:
+def assert_low_precision(
+    actual: torch.Tensor, naive: torch.Tensor, exact: torch.Tensor, *, floor: float = 1e-3
+) -> None:
     """`actual`'s largest error against the exact result is at most twice the naive low-precision one's."""
     error = (actual.double() - exact.double()).abs().max().item()
     allowed = LOW_PRECISION_FACTOR * (naive.double() - exact.double()).abs().max().item() + floor
