@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -386,6 +387,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         set_up_logging()
         return COMMANDS[argv[0]](argv[1:])
+    except BrokenPipeError:  # the reader of a pipe, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (MiniLLMError, ValueError, OSError) as error:
         print(f"minillm: error: {error}", file=sys.stderr)
         return 2
