@@ -467,6 +467,9 @@ class FastSession:
         position = prepared.model.position
         self.prepared, self.length = prepared, cache.length
         self.keys, self.values = (t.to(dtype).view(c.n_layers, B * K, -1, Dh) for t in (cache.k, cache.v))
+        self.keys = self.keys.transpose(
+            2, 3
+        ).contiguous()  # (B K) Dh S: read along S by the product with queries
         self.turns = Turns(position, Dh, dtype, device)
         self.bias = ScoreBias(None if position is None else position.slopes, real, K, dtype)
         self.stream = empty(B, c.dim + 1)
@@ -489,12 +492,13 @@ class FastSession:
     def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """Append one token to each row; the logits of the next, in a buffer that the next step overwrites."""
         (B, H, Dh), end = self.q.shape, self.length + 1
-        if end > self.keys.shape[2]:
-            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens, {end} needed")
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens, {end} needed")
         turn = self.turns(self.length).expand(B, Dh, Dh)
         turn_and_scale, bias = turn / math.sqrt(Dh), self.bias(end)
-        keys, values = self.keys[:, :, :end].unbind(0), self.values[:, :, :end].unbind(0)
-        new = [t[:, :, self.length].view(len(keys), B, -1, Dh).unbind(0) for t in (self.keys, self.values)]
+        keys, values = self.keys[..., :end].unbind(0), self.values[:, :, :end].unbind(0)
+        columns = self.keys[..., self.length], self.values[:, :, self.length]
+        new = [column.view(len(keys), B, -1, Dh).unbind(0) for column in columns]
         queries = self.turned_q.view(self.keys.shape[1], -1, Dh)  # (B K) G Dh: G heads read one kv head
         gate, up = self.gate_up.chunk(2, dim=-1)
         self.x.copy_(F.embedding(tokens, self.prepared.embed))
@@ -503,7 +507,6 @@ class FastSession:
             torch.bmm(self.q, turn_and_scale, out=self.turned_q)
             new_k.copy_(torch.bmm(self.k, turn, out=self.turned_k))
             new_v.copy_(self.v)
-            k = k.transpose(1, 2)
             scores = torch.bmm(queries, k) if bias is None else torch.baddbmm(bias, queries, k)
             layer.out.add(torch.bmm(scores.softmax(-1), v).view(B, H * Dh), self.x)
             layer.gate_up(self.norm(), self.gate_up)
@@ -521,7 +524,7 @@ def open_session(
     if isinstance(model, Prepared):
         return FastSession(model, cache, real)
     small = sum(p.numel() * p.itemsize for p in model.parameters()) <= 2**30
-    if n_steps >= 32 and small and cache.k.device.type == "cpu" and obstacle(model) is None:
+    if n_steps >= 24 and small and cache.k.device.type == "cpu" and obstacle(model) is None:
         return FastSession(Prepared(model), cache, real)
     return Session(model, cache, real)
 

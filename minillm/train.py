@@ -3,10 +3,14 @@
 # %% auto #0
 __all__ = [
     "log",
+    "Decay",
+    "Precision",
+    "Compile",
     "PEAK_FLOPS",
     "COUNTERS",
     "TrainConfig",
     "learning_rate",
+    "adamw_update",
     "AdamW",
     "parameter_groups",
     "clip_gradients",
@@ -22,32 +26,37 @@ __all__ = [
     "Engine",
     "load_parameters",
     "should_compile",
+    "compiled",
     "Interrupted",
     "catch_signals",
     "MetricsFile",
     "TrainResult",
+    "Stream",
     "Run",
     "check_same_run",
     "save_run",
     "resume_run",
     "train_step",
     "due",
+    "evaluate_and_log",
     "train",
 ]
 
 # %% ../chapters/13_train.ipynb #33f5d328
+# pyright: reportPrivateImportUsage=false
 import contextlib
 import json
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -64,13 +73,17 @@ from minillm.checkpoint import (
     save_checkpoint,
 )
 
-from .batches import IGNORE, Batch, Loader
+from .batches import IGNORE, Batch
 from .transformer import Transformer, flops_per_token
 
 log = logging.getLogger(__name__)
 
-
 # %% ../chapters/13_train.ipynb #b319e40b
+Decay = Literal["cosine", "linear"]
+Precision = Literal["float32", "bfloat16"]
+Compile = Literal["auto", "on", "off"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a model is trained. Sizes have no default.
@@ -85,11 +98,16 @@ class TrainConfig:
         warmup_steps: steps in which the learning rate rises from 0.
         decay: "cosine" from the warm-up to the end, or "linear": constant, then straight down in the last part.
         decay_fraction: that last part, as a share of steps.
+        weight_decay: of matrices; norms, biases and embeddings have none.
+        betas: how long AdamW's two means remember.
+        eps: added to the root of AdamW's second mean.
         clip_norm: gradients are scaled down to this global norm; 0 means never.
         dtype: of the matrix products; parameters and optimizer state stay float32.
         compile: "auto" compiles runs that are long enough to earn the compilation back.
         seed: of everything random in training.
-        log_every, eval_every, save_every: steps between; 0 means never (the end is always evaluated and saved).
+        log_every: steps between two lines of metrics; 0 means only at the end.
+        eval_every: steps between two evaluations; 0 means only at the end.
+        save_every: steps between two checkpoints; 0 means only at the end.
         keep: checkpoints kept.
     """
 
@@ -100,14 +118,14 @@ class TrainConfig:
     max_lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 50
-    decay: Literal["cosine", "linear"] = "cosine"
+    decay: Decay = "cosine"
     decay_fraction: float = 0.3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip_norm: float = 1.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: Literal["auto", "on", "off"] = "auto"
+    dtype: Precision = "float32"
+    compile: Compile = "auto"
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -118,28 +136,24 @@ class TrainConfig:
         for name in ("steps", "batch_size", "seq_len", "accumulation", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "max_lr",
-            "min_lr_ratio",
-            "warmup_steps",
-            "weight_decay",
-            "clip_norm",
-            "log_every",
-            "eval_every",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        rest = ("max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "clip_norm", "seed")
+        for name in (*rest, "log_every", "eval_every", "save_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number that is not negative, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size must be a multiple of accumulation, got {self.batch_size} and {self.accumulation}"
             )
-        for name, allowed in (
-            ("decay", ("cosine", "linear")),
-            ("dtype", ("float32", "bfloat16")),
-            ("compile", ("auto", "on", "off")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not (0 < self.decay_fraction <= 1 and self.eps > 0 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(
+                "decay_fraction must be in (0, 1], eps above 0 and betas in [0, 1), "
+                f"got {self.decay_fraction}, {self.eps} and {self.betas}"
+            )
+        for name, allowed in (("decay", Decay), ("dtype", Precision), ("compile", Compile)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}"
+                )
 
 
 # %% ../chapters/13_train.ipynb #44389678
@@ -160,10 +174,51 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 # %% ../chapters/13_train.ipynb #3d0e5431
-class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay, all tensors of a group at once.
+def adamw_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of AdamW on lists of tensors, in place.
 
-    Source: arXiv:1412.6980 algorithm 1; decoupled decay: arXiv:1711.05101 algorithm 2. Chapter 13.
+    Args:
+        params: the weights.
+        grads: their gradients.
+        states: of each tensor: the number of its "step"s, and the means "exp_avg" (m) and "exp_avg_sq" (v).
+        lr, betas, eps, weight_decay: see `AdamW`.
+    """
+    beta1, beta2 = betas
+    for state in states:
+        state["step"] += 1
+    t = [state["step"].item() for state in states]
+    m, v = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_lerp_(m, grads, 1 - beta1)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+    size = torch._foreach_sqrt(v)
+    torch._foreach_div_(size, [math.sqrt(1 - beta2**n) for n in t])
+    torch._foreach_add_(size, eps)
+    torch._foreach_addcdiv_(params, m, size, [-lr / (1 - beta1**n) for n in t])
+
+
+# %% ../chapters/13_train.ipynb #40be8712
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (chapter 13). Its state is that of `torch.optim.AdamW`, either can continue the other's.
+
+    Args:
+        params: parameters or groups of them.
+        lr: the learning rate.
+        betas: how long the two means remember.
+        eps: added to the root of the second mean.
+        weight_decay: the share of a weight that a step takes away, in units of lr.
+
+    Source: arXiv:1412.6980 algorithm 1; decoupled decay: arXiv:1711.05101 algorithm 2.
     """
 
     def __init__(
@@ -181,32 +236,19 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter that has a gradient. `closure`, if given, computes loss and gradients first."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {
-                        "step": 0,
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
-                self.state[p]["step"] += 1
-            grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
-            means = [self.state[p]["exp_avg"] for p in params]
-            squares = [self.state[p]["exp_avg_sq"] for p in params]
-            (beta1, beta2), lr, t = group["betas"], group["lr"], self.state[params[0]]["step"]
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_lerp_(means, grads, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-            scale = torch._foreach_sqrt(squares)
-            torch._foreach_div_(scale, math.sqrt(1 - beta2**t))
-            torch._foreach_add_(scale, group["eps"])
-            torch._foreach_addcdiv_(params, means, scale, -lr / (1 - beta1**t))
+                    zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    self.state[p] = {"step": torch.zeros(()), **zeros}
+            if params:
+                settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+                adamw_update(params, [p.grad for p in params], [self.state[p] for p in params], **settings)
+        return loss
 
 
 # %% ../chapters/13_train.ipynb #62bb829a
@@ -248,24 +290,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, dtype: torch.dtype, rows: int
-    ):
+    ) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        w = weight.to(dtype)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        w, (need_hidden, need_weight) = weight.to(dtype), ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), rows):
             x, y = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
-            scores = F.log_softmax(F.linear(x, w), dim=-1, dtype=wide)
-            kept = y != IGNORE
-            y = y.clamp(min=0)
-            loss -= scores.gather(1, y).where(kept, 0).sum()
-            if not (need_hidden or need_weight):
-                continue
-            error = scores.exp_()  # softmax - one-hot: the gradient by the logits
-            error.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide))
-            error = (error * kept).to(dtype) if not kept.all() else error.to(dtype)
+            kept, y = (y != IGNORE).to(wide), y.clamp(min=0)
+            z = F.linear(x, w)
+            p = F.softmax(z, dim=-1, dtype=wide)
+            # ln Σ exp(z) = max z - ln(max p): the largest probability is 1 / Σ exp(z - max z), no second exp is needed
+            top, best = z.amax(-1, keepdim=True).to(wide), p.amax(-1, keepdim=True)
+            loss += ((top - best.log() - z.gather(1, y).to(wide)) * kept).sum()
+            error = (
+                p.scatter_add_(1, y, torch.full_like(kept, -1.0)).mul_(kept).to(dtype)
+            )  # softmax - one-hot
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = error @ w
             if grad_weight is not None:
@@ -277,23 +318,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss * scale
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * outer[0],
-            None if grad_weight is None else grad_weight * outer[0],
-            None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if grad is None else grad * outer[0] for grad in ctx.saved_tensors)
+        return *grads, None, None, None, None
 
 
 # %% ../chapters/13_train.ipynb #354956b6
 def linear_cross_entropy(
-    hidden: Float[Tensor, "... D"],
+    hidden: Float[Tensor, "*rows D"],
     weight: Float[Tensor, "V D"],
-    targets: Int[Tensor, "..."],
+    targets: Int[Tensor, "*rows"],
     *,
     n_targets: int | None = None,
     chunk_rows: int | None = None,
@@ -305,7 +339,7 @@ def linear_cross_entropy(
     Args:
         hidden: final hidden states.
         weight: the head's weight.
-        targets: token ids; -100 where there is nothing to predict: those rows cost nothing.
+        targets: token ids; -100 where there is nothing to predict: on a CPU those rows cost nothing.
         n_targets: divisor of the sum; by default the number of targets here. With accumulation or several processes, the
             number in the whole batch.
         chunk_rows: rows of logits that exist at a time.
@@ -313,9 +347,14 @@ def linear_cross_entropy(
     Returns:
         The mean loss in nats.
 
+    Raises:
+        ValueError: there is no target, and no `n_targets` to say that this is only a part.
+
     Source: arXiv:2411.09009 (cut cross-entropy), arXiv:2410.10989 (Liger kernels).
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if not torch.is_grad_enabled():  # a Function is not told, and would compute gradients for nobody
+        hidden, weight = hidden.detach(), weight.detach()
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if kind == "cpu":  # elsewhere the wait for the number of rows costs more than the rows
@@ -326,8 +365,8 @@ def linear_cross_entropy(
         n_targets = int((targets != IGNORE).sum())
     if n_targets < 1:
         raise ValueError("every target is -100: there is nothing to predict")
-    if chunk_rows is None:
-        chunk_rows = 256 if kind == "cpu" else max(256, (1 << 27) // weight.shape[0])
+    if chunk_rows is None:  # of logits that stay in the cache; on a GPU, enough rows to fill it
+        chunk_rows = 1024 // dtype.itemsize if kind == "cpu" else max(256, (1 << 27) // weight.shape[0])
     return _LinearCrossEntropy.apply(hidden, weight, targets, 1.0 / n_targets, dtype, chunk_rows)
 
 
@@ -338,26 +377,17 @@ def head_weight(model: Transformer) -> Float[Tensor, "V D"]:
 
 
 # %% ../chapters/13_train.ipynb #56d27b14
-def batch_loss(
-    model: Transformer,
-    batch: Batch,
-    *,
-    n_targets: int | None = None,
-    hidden_fn: Callable[..., Tensor] | None = None,
-) -> Float[Tensor, ""]:
+def batch_loss(model: Transformer, batch: Batch, n_targets: int | None = None) -> Float[Tensor, ""]:
     """The mean loss of a batch in nats per target.
 
     Args:
-        n_targets: divisor; see `linear_cross_entropy`.
-        hidden_fn: `model.hidden`, or its compiled version.
+        model: the model.
+        batch: on the model's device.
+        n_targets: divisor, by default the batch's own number of targets; see `linear_cross_entropy`.
     """
-    hidden = (hidden_fn or model.hidden)(batch.tokens, positions=batch.positions, mask=batch.mask())
-    return linear_cross_entropy(
-        hidden,
-        head_weight(model),
-        batch.targets,
-        n_targets=batch.n_targets if n_targets is None else n_targets,
-    )
+    hidden = model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask())
+    n_targets = batch.n_targets if n_targets is None else n_targets
+    return linear_cross_entropy(hidden, head_weight(model), batch.targets, n_targets=n_targets)
 
 
 # %% ../chapters/13_train.ipynb #4eba1232
@@ -454,19 +484,33 @@ class TrainingDiverged(MiniLLMError):
 
 # %% ../chapters/13_train.ipynb #73450be8
 class Engine:
-    """Who owns parameters, gradients and optimizer state: here one process. Chapter 15 has others with these methods."""
+    """Who owns parameters, gradients and optimizer state: here one process. Chapter 15 has others with these methods.
+
+    Args:
+        model: its parameters are trained, in float32.
+        config: the optimizer's settings.
+
+    Raises:
+        ValueError: a parameter is in 16 bits, where small updates are lost.
+    """
 
     rank = 0
     world_size = 1
 
-    def __init__(self, model: Transformer, config: TrainConfig):
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        for name, p in model.named_parameters():
+            if p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"{name} is {p.dtype}, in which small updates are lost: call model.float(), and set dtype='bfloat16' "
+                    "for products in 16 bits"
+                )
         self.model, self.config = model, config
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.max_lr,
             betas=config.betas,
             eps=config.eps,
-            fused=model.embed.weight.device.type in ("cpu", "cuda", "mps"),
+            fused=next(model.parameters()).device.type in ("cpu", "cuda", "mps"),
         )
 
     def total(self, value: float) -> float:
@@ -501,12 +545,12 @@ class Engine:
         Raises:
             CheckpointError: names or shapes differ.
         """
-        named = dict(self.model.named_parameters())
         load_parameters(self.model, groups["model"])
-        for name, p in named.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"{name}.exp_avg" in groups["optimizer"]:
-                self.optimizer.state[p] = {key: groups["optimizer"][f"{name}.{key}"].clone() for key in keys}
+        for name, p in self.model.named_parameters():
+            keys = [
+                key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in groups["optimizer"]
+            ]
+            self.optimizer.state[p] = {key: groups["optimizer"][f"{name}.{key}"].clone() for key in keys}
 
 
 # %% ../chapters/13_train.ipynb #54cfdc03
@@ -531,16 +575,37 @@ def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 # %% ../chapters/13_train.ipynb #c96ee6f1
 def should_compile(model: Transformer, config: TrainConfig) -> bool:
-    """Whether compiling pays: "auto" compiles runs that would take over 30 minutes on a CPU, 3 on a GPU."""
-    device = model.embed.weight.device
+    """Whether compiling pays. "auto": runs of more than about 30 minutes on a CPU or 3 on a GPU, where a compiler is.
+
+    The estimate takes a nominal speed and measures nothing, so that a run that resumes decides as it did before.
+    """
+    device = model.embed.weight.device.type
     if config.compile != "auto":
         return config.compile == "on"
-    if device.type not in ("cpu", "cuda"):
+    if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         return False
+    rates = {
+        "cpu": 40e9 * torch.get_num_threads(),
+        "cuda": 200e12,
+    }  # FLOP/s that eager training reaches, roughly
     tokens = config.steps * config.batch_size * config.seq_len
-    flops = flops_per_token(model.config, config.seq_len, backward=True)
-    seconds = tokens * flops / (0.5 * peak_flops(config.dtype, str(device)))
-    return seconds > (1800 if device.type == "cpu" else 180)
+    seconds = (
+        tokens * flops_per_token(model.config, config.seq_len, backward=True) / rates.get(device, math.inf)
+    )
+    return seconds > (1800 if device == "cpu" else 180)
+
+
+# %% ../chapters/13_train.ipynb #a638bd51
+@contextlib.contextmanager
+def compiled(model: Transformer, on: bool) -> Iterator[None]:
+    """Inside, `model.hidden` is its compiled version, if `on`."""
+    if on:
+        model.hidden = torch.compile(model.hidden)
+    try:
+        yield
+    finally:
+        if on:
+            del model.hidden  # the method of the class shows again
 
 
 # %% ../chapters/13_train.ipynb #0c198b03
@@ -622,22 +687,45 @@ class TrainResult:
 
 
 # %% ../chapters/13_train.ipynb #e7a9aace
+@runtime_checkable
+class Stream(Protocol):
+    """What `train` asks of a loader. `Loader` of chapter 12 is one; its batches have `n_targets`, `split` and `to`."""
+
+    batch_size: int
+    seq_len: int
+
+    def __next__(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+# %% ../chapters/13_train.ipynb #5e6b828c
 class Run:
     """One run of `train`: what it works on, how far it is, and where it writes."""
 
     def __init__(
-        self, model: Transformer, loader: Loader, config: TrainConfig, run_dir: Path | None, engine: Engine
+        self,
+        model: Transformer,
+        loader: Stream,
+        config: TrainConfig,
+        run_dir: Path | None = None,
+        engine: Engine | None = None,
     ):
-        self.model, self.loader, self.config, self.engine = model, loader, config, engine
+        if (loader.batch_size, loader.seq_len) != (config.batch_size, config.seq_len):
+            raise ValueError(
+                f"the loader has batch_size {loader.batch_size} and seq_len {loader.seq_len}, "
+                f"the config {config.batch_size} and {config.seq_len}"
+            )
+        self.model, self.loader, self.config = model, loader, config
+        self.engine = Engine(model, config) if engine is None else engine
         self.device = model.embed.weight.device
         self.checkpoints = None if run_dir is None else run_dir / "checkpoints"
-        self.metrics = MetricsFile(None if run_dir is None or engine.rank else run_dir / "metrics.jsonl")
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.metrics = MetricsFile(None if run_dir is None or self.engine.rank else run_dir / "metrics.jsonl")
+        self.step, self.tokens, self.seconds, self.saved_at = 0, 0, 0.0, -1
         self.interval = {"loss": 0.0, "targets": 0, "seconds": 0.0}
         self.compiled = should_compile(model, config)
-        self.saved_at = -1
         self.flops = float(flops_per_token(model.config, config.seq_len, backward=True))
-        self.peak = peak_flops(config.dtype, str(self.device)) * engine.world_size
+        self.peak = peak_flops(config.dtype, str(self.device)) * self.engine.world_size
 
     def count(self, loss_nats: float, n_targets: int, seconds: float) -> None:
         """Book a finished step."""
@@ -657,24 +745,36 @@ class Run:
         self.interval = {"loss": 0.0, "targets": 0, "seconds": 0.0}
         return line
 
+    def settings(self) -> dict[str, Any]:
+        """What must be the same when the run goes on: as JSON gives it back."""
+        both = {"config": asdict(self.config), "model": asdict(self.model.config)}
+        return json.loads(json.dumps(both))
+
 
 # %% ../chapters/13_train.ipynb #9583e26e
 COUNTERS = ("step", "tokens", "seconds", "interval", "compiled")
 
 
 # %% ../chapters/13_train.ipynb #3e4fc38c
-def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+def check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
     """Refuse to continue a run with settings that would have made another run.
+
+    Args:
+        saved: the state of a checkpoint.
+        settings: `Run.settings` of now.
+        path: the checkpoint.
 
     Raises:
         ValueError: the first setting that differs.
     """
     free = {"log_every", "eval_every", "save_every", "keep", "accumulation", "compile"}
-    for name, value in json.loads(json.dumps(dict(config))).items():
-        if name not in free and saved.get(name) != value:
-            raise ValueError(
-                f"{path} was trained with {name}={saved.get(name)}, now {name}={value}; use another run_dir"
-            )
+    for group, values in settings.items():
+        for name, value in values.items():
+            before = saved[group].get(name)
+            if name not in free and before != value:
+                raise ValueError(
+                    f"{path} was trained with {group} {name}={before}, now {name}={value}; use another run_dir"
+                )
 
 
 # %% ../chapters/13_train.ipynb #269fb59e
@@ -688,13 +788,10 @@ def save_run(run: Run) -> Path | None:
     random = {"cpu": torch.get_rng_state()}
     if run.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(run.device)
-    state = {
-        "config": asdict(run.config),
-        "loader": run.loader.state_dict(),
-        **{name: getattr(run, name) for name in COUNTERS},
-    }
-    tensors = {**run.engine.tensors(), "random": random}
+    counters = {name: getattr(run, name) for name in COUNTERS}
+    tensors = {**run.engine.tensors(), "random": random}  # all processes: an engine may have to collect
     if run.engine.rank == 0:
+        state = {**run.settings(), "loader": run.loader.state_dict(), **counters}
         save_checkpoint(run.checkpoints, run.step, tensors=tensors, state=state, keep=run.config.keep)
     run.saved_at = run.step
     return path
@@ -709,21 +806,24 @@ def resume_run(run: Run) -> None:
         run.metrics.truncate(-1)
         return
     groups, state = load_checkpoint(path, run.device)
-    check_same_run(state["config"], asdict(run.config), path)
+    check_same_run(state, run.settings(), path)
     run.engine.load_tensors(groups)
     run.loader.load_state_dict(state["loader"])
     torch.set_rng_state(groups["random"]["cpu"].cpu())
-    if "cuda" in groups["random"]:
+    if "cuda" in groups["random"] and run.device.type == "cuda":
         torch.cuda.set_rng_state(groups["random"]["cuda"].cpu(), run.device)
+    chosen = run.compiled
     for name in COUNTERS:
         setattr(run, name, state[name])
+    if run.config.compile != "auto":
+        run.compiled = chosen
     run.saved_at = run.step
     run.metrics.truncate(run.step)
     log.info("resumed from %s", path)
 
 
 # %% ../chapters/13_train.ipynb #51a1fd12
-def train_step(run: Run, hidden_fn: Callable[..., Tensor]) -> dict[str, Any]:
+def train_step(run: Run, loss_fn: Callable[..., Tensor] = batch_loss) -> dict[str, Any]:
     """One optimizer step; returns its loss, learning rate and gradient norm.
 
     Raises:
@@ -733,14 +833,13 @@ def train_step(run: Run, hidden_fn: Callable[..., Tensor]) -> dict[str, Any]:
     batch = next(run.loader)
     n_targets = int(run.engine.total(float(batch.n_targets)))
     loss = torch.zeros((), device=run.device)
-    for part in batch.split(config.accumulation):
-        if part.n_targets:
-            with autocast(run.device, config.dtype):
-                part_loss = batch_loss(
-                    run.model, part.to(run.device), n_targets=n_targets, hidden_fn=hidden_fn
-                )
-            run.engine.backward(part_loss)
-            loss += part_loss.detach()
+    for part in batch.split(
+        config.accumulation
+    ):  # all of them: a process that skips one would leave the others waiting
+        with autocast(run.device, config.dtype):
+            part_loss = loss_fn(run.model, part.to(run.device), n_targets)
+        run.engine.backward(part_loss)
+        loss += part_loss.detach()
     loss_nats = run.engine.total(loss.item())
     lr = learning_rate(run.step + 1, config)
     norm = run.engine.step(lr) if math.isfinite(loss_nats) else math.nan
@@ -760,9 +859,23 @@ def due(step: int, every: int) -> bool:
 
 
 # %% ../chapters/13_train.ipynb #857995b6
+def evaluate_and_log(
+    run: Run, info: dict[str, Any], eval_fn: Callable[[Transformer], Mapping[str, float]] | None
+) -> dict[str, Any]:
+    """Write a line of metrics, with the numbers of `eval_fn` if one is given; training does not notice."""
+    line = run.line(info)
+    if eval_fn is not None:
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+            line |= eval_fn(run.model)
+        run.model.train()
+    run.metrics.write(line)
+    return line
+
+
+# %% ../chapters/13_train.ipynb #ed3f6e14
 def train(
     model: Transformer,
-    loader: Loader,
+    loader: Stream,
     config: TrainConfig,
     *,
     run_dir: str | Path | None = None,
@@ -770,6 +883,7 @@ def train(
     on_step: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
     engine: Engine | None = None,
+    loss_fn: Callable[..., Tensor] = batch_loss,
 ) -> TrainResult:
     """Train to `config.steps`, from the newest undamaged checkpoint in `run_dir` if there is one.
 
@@ -781,47 +895,40 @@ def train(
         on_step: called after every step with step, tokens, loss_nats, lr, grad_norm.
         progress: show a bar.
         engine: who owns gradients and optimizer; by default this process.
+        loss_fn: `loss_fn(model, batch, n_targets)`: the sum of a batch's losses divided by `n_targets`.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
         TrainingDiverged: the loss is not finite; nothing was saved since.
         ValueError: loader and config disagree, or the checkpoint belongs to another run.
     """
-    if (loader.batch_size, loader.seq_len) != (config.batch_size, config.seq_len):
-        raise ValueError(
-            f"the loader has batch_size {loader.batch_size} and seq_len {loader.seq_len}, "
-            f"the config {config.batch_size} and {config.seq_len}"
-        )
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    run = Run(model, loader, config, folder, engine or Engine(model, config))
+    run = Run(model, loader, config, folder, engine)
     resume_run(run)
-    hidden = torch.compile(model.hidden) if run.compiled else model.hidden
     model.train()
+    hidden_bar = not progress or run.engine.rank > 0
     bar = tqdm(
-        total=config.steps, initial=run.step, disable=not progress, unit="step", desc="train", leave=False
+        total=config.steps, initial=run.step, disable=hidden_bar, unit="step", desc="train", leave=False
     )
-    with catch_signals() as caught, bar:
+    with catch_signals() as caught, bar, compiled(model, run.compiled):
         while run.step < config.steps:
-            info = train_step(run, hidden)
+            info = train_step(run, loss_fn)
             last = run.step == config.steps
             evaluate = eval_fn is not None and (last or due(run.step, config.eval_every))
             if last or evaluate or due(run.step, config.log_every):
-                line = run.line(info)
-                if evaluate and eval_fn is not None:
-                    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-                        line |= eval_fn(model)
-                    model.train()
-                run.metrics.write(line)
+                line = evaluate_and_log(run, info, eval_fn if evaluate else None)
                 bar.set_postfix(loss=f"{line['loss_nats']:.3f}", tok_s=f"{line['tokens_per_s']:.0f}")
             bar.update()
             if on_step is not None:
                 on_step(info)
             if last or due(run.step, config.save_every):
                 save_run(run)
-            if caught and not last:
-                raise Interrupted(run.step, save_run(run), caught[0])
+            if run.engine.total(float(len(caught))) and not last:  # all processes stop, or none
+                raise Interrupted(
+                    run.step, save_run(run), caught[0] if caught else "a signal to another process"
+                )
     loss = run.metrics.lines[-1]["loss_nats"] if run.metrics.lines else math.nan
     return TrainResult(
         steps=run.step, tokens=run.tokens, loss_nats=loss, seconds=run.seconds, metrics=run.metrics.lines

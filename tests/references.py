@@ -179,3 +179,17 @@ def bpe_encode_reference(merges, data):
     for rank, pair in enumerate(merges):
         ids = _bpe_merge(ids, pair, 256 + rank)
     return ids
+
+
+def adamw_reference(theta, grads, *, lr, betas, eps, weight_decay):
+    """AdamW, one number at a time."""
+    values = theta.flatten().tolist()
+    means, squares = [0.0] * len(values), [0.0] * len(values)
+    for t, grad in enumerate(grads, 1):
+        for i, g in enumerate(grad.flatten().tolist()):
+            means[i] = betas[0] * means[i] + (1 - betas[0]) * g
+            squares[i] = betas[1] * squares[i] + (1 - betas[1]) * g * g
+            m, v = means[i] / (1 - betas[0] ** t), squares[i] / (1 - betas[1] ** t)
+            values[i] -= lr * weight_decay * values[i]
+            values[i] -= lr * m / (v**0.5 + eps)
+    return torch.tensor(values, dtype=theta.dtype).view(theta.shape)
