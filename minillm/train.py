@@ -297,18 +297,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), rows):
-            x, y = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
-            kept, y = (y != IGNORE).to(wide), y.clamp(min=0)
-            z = F.linear(x, w)
-            p = F.softmax(z, dim=-1, dtype=wide)
+            y = targets[start : start + rows, None]
+            kept, y = (y != IGNORE).to(dtype), y.clamp(min=0)
+            x = (
+                hidden[start : start + rows].to(dtype) * kept
+            )  # a row without a target adds nothing to grad_weight
+            z = F.linear(x, w).to(wide)
+            p = F.softmax(z, dim=-1)
             # ln Σ exp(z) = max z - ln(max p): the largest probability is 1 / Σ exp(z - max z), no second exp is needed
-            top, best = z.amax(-1, keepdim=True).to(wide), p.amax(-1, keepdim=True)
-            loss += ((top - best.log() - z.gather(1, y).to(wide)) * kept).sum()
-            error = (
-                p.scatter_add_(1, y, torch.full_like(kept, -1.0)).mul_(kept).to(dtype)
-            )  # softmax - one-hot
+            losses = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log() - z.gather(1, y)
+            loss += (losses * kept).sum()
+            error = p.scatter_add_(1, y, torch.full_like(losses, -1.0)).to(dtype)  # softmax - one-hot
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = error @ w
+                grad_hidden[start : start + rows] = (error @ w) * kept
             if grad_weight is not None:
                 grad_weight += error.T @ x
         ctx.save_for_backward(
@@ -365,8 +366,8 @@ def linear_cross_entropy(
         n_targets = int((targets != IGNORE).sum())
     if n_targets < 1:
         raise ValueError("every target is -100: there is nothing to predict")
-    if chunk_rows is None:  # of logits that stay in the cache; on a GPU, enough rows to fill it
-        chunk_rows = 1024 // dtype.itemsize if kind == "cpu" else max(256, (1 << 27) // weight.shape[0])
+    if chunk_rows is None:  # on a CPU the logits should stay in its cache, a GPU wants enough rows to be busy
+        chunk_rows = 512 if kind == "cpu" else max(256, (1 << 27) // weight.shape[0])
     return _LinearCrossEntropy.apply(hidden, weight, targets, 1.0 / n_targets, dtype, chunk_rows)
 
 
