@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -59,8 +60,12 @@ class RunConfig:
     tokenizer: TokenizerConfig
     model: ModelConfig
     train: TrainConfig
+    minutes: float = 0.0
+    """The most minutes that training may take: a machine too slow for all steps makes fewer, and says so. 0: all steps."""
 
     def __post_init__(self):
+        if not 0 <= self.minutes < math.inf:
+            raise ValueError(f"minutes must be a number that is not negative, got {self.minutes}")
         if self.model.vocab_size != self.tokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size is {self.model.vocab_size}, tokenizer.vocab_size {self.tokenizer.vocab_size}: "
@@ -108,6 +113,7 @@ def tiny() -> RunConfig:
             decay_fraction=0.8,
             eval_every=1000,
         ),
+        minutes=9.0,
     )
 
 

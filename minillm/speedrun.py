@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shutil
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -85,6 +86,12 @@ class _Run:
         with atomic_write(path) as file:
             json.dump(mine, file, indent=1, ensure_ascii=False)
 
+    def remember(self, name: str, value: Any) -> None:
+        """Write down what a run that is taken up again must know."""
+        self.done[name] = value
+        with atomic_write(self.record) as file:
+            json.dump(self.done, file, indent=1, ensure_ascii=False)
+
     def stage(self, number: int, name: str, work: Callable[[], str]) -> None:
         """Do a stage unless it is done, say one line about it, and remember both."""
         if name in self.done:
@@ -94,9 +101,7 @@ class _Run:
             start = time.perf_counter()
             what = work()
             stage = Stage(name, what, time.perf_counter() - start)
-            self.done[name] = {"what": what, "seconds": stage.seconds}
-            with atomic_write(self.record) as file:
-                json.dump(self.done, file, indent=1, ensure_ascii=False)
+            self.remember(name, {"what": what, "seconds": stage.seconds})
             self.say(f"[{number}/5] {name:9} {what} ({stage.seconds:.1f} s)")
         self.stages.append(stage)
 
@@ -219,14 +224,23 @@ def _shards(run: _Run) -> str:
 
 
 def _estimate(model: Transformer, config: RunConfig, device: torch.device, run: _Run) -> float:
-    """Seconds that the training steps will take, from two steps that are thrown away."""
-    trial = dataclasses.replace(config.train, steps=3, compile="off", log_every=1, eval_every=0, save_every=0)
-    loader = _loader(run, config)
+    """Seconds that a training step takes, from some steps that are thrown away."""
+    trial = dataclasses.replace(
+        config.train, steps=12, compile="off", log_every=1, eval_every=0, save_every=0
+    )
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    metrics = train(model, loader, trial, run_dir=None, progress=False).metrics
+    metrics = train(model, _loader(run, config), trial, run_dir=None, progress=False).metrics
     model.load_state_dict(state)
-    rows = [config.train.batch_size * config.train.seq_len / line["tokens_per_s"] for line in metrics[1:]]
-    return config.train.steps * min(rows)
+    tokens = config.train.batch_size * config.train.seq_len
+    return tokens / statistics.median(line["tokens_per_s"] for line in metrics[2:])
+
+
+def _steps_that_fit(config: RunConfig, step_seconds: float) -> int:
+    """All steps of the recipe, or as many as a slower machine can make in `config.minutes`, in whole hundreds."""
+    if not config.minutes:
+        return config.train.steps
+    fit = int(60 * config.minutes / step_seconds)
+    return min(config.train.steps, max(100, fit - fit % 100))
 
 
 def _loader(run: _Run, config: RunConfig) -> Loader:
@@ -255,12 +269,18 @@ def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
     model = Transformer(dataclasses.replace(config.model, vocab_size=vocab_size)).to(device)
     n_parameters = count_parameters(model.config).total
     held_out = _held_out(run, config)
-    if not (run.folder / "checkpoints").exists():
+    if "steps" not in run.done:
         seconds = _estimate(model, config, device, run)
+        run.remember("steps", _steps_that_fit(config, seconds))
         run.say(
-            f"[4/5] pretrain  {n_parameters / 1e6:.2f}M parameters, {config.train.steps:,} steps on {device.type} in "
-            f"{dtype}: about {_duration(seconds)}"
+            f"[4/5] pretrain  {n_parameters / 1e6:.2f}M parameters, {run.done['steps']:,} steps on {device.type} in "
+            f"{dtype}: about {_duration(run.done['steps'] * seconds)}"
         )
+        if run.done["steps"] < config.train.steps:
+            run.say(
+                f"      of {config.train.steps:,}: as many as fit in {config.minutes:g} minutes here; --minutes 0 makes all"
+            )
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=run.done["steps"]))
 
     def evaluate(model: Transformer) -> dict[str, float]:
         return {"held_out_nats": evaluate_loss(model, held_out.epoch_batches(), dtype=dtype)}

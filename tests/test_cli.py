@@ -1,5 +1,6 @@
 """The command line as a user meets it: real commands, their output, their exit status."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from minillm import cli
+from minillm import cli, speedrun
+from minillm.recipes import recipe
 
 SMALL = [
     *(
@@ -78,6 +80,44 @@ def test_the_same_command_again_does_nothing_twice(run):
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("(done before)") == 5
     assert (folder / "runs" / "tiny" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_slow_machine_makes_the_steps_that_fit_and_remembers_how_many(tmp_path):
+    words = (
+        "pretrain",
+        *SMALL,
+        "--train.steps",
+        "100000",
+        "--train.decay-fraction",
+        "1",
+        "--minutes",
+        "0.01",
+    )
+    words = (*words, "--train.warmup-steps", "0")
+    done = minillm(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of 100,000: as many as fit in 0.01 minutes here" in done.stdout
+    folder = tmp_path / "runs" / "tiny"
+    made = json.loads((folder / "stages.json").read_text())["steps"]
+    assert made % 100 == 0
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == made
+    assert last["lr"] == pytest.approx(2e-3 * 0.02)  # the schedule ends with the run
+    (folder / "stages.json").write_text(
+        json.dumps({"steps": made + 100})
+    )  # as if it had been stopped before its end
+    again = minillm(*words, cwd=tmp_path)
+    assert again.returncode == 2
+    assert f"steps={made}, now steps={made + 100}" in again.stderr.replace("train.", "")
+
+
+def test_steps_that_fit():
+    config = recipe("tiny")
+    assert speedrun._steps_that_fit(dataclasses.replace(config, minutes=0.0), 100.0) == config.train.steps
+    assert speedrun._steps_that_fit(dataclasses.replace(config, minutes=5.0), 0.1) == 3000
+    assert speedrun._steps_that_fit(dataclasses.replace(config, minutes=5.0), 0.101) == 2900
+    assert speedrun._steps_that_fit(config, 1e-6) == config.train.steps
+    assert speedrun._steps_that_fit(config, 1e6) == 100
 
 
 def test_another_config_in_the_same_folder_is_refused(run):
@@ -173,6 +213,7 @@ def test_a_book_is_cut_into_passages_and_nothing_is_lost():
         (["speedrun", "--device", "tpu9"], "device must be auto, cpu"),
         (["speedrun", "--model.vocab-size", "77"], "model.vocab_size is 77, tokenizer.vocab_size 1536"),
         (["speedrun", "--train.seq-len", "9999"], "train.seq_len is 9999, more than model.max_seq_len 256"),
+        (["speedrun", "--minutes", "-1"], "minutes must be a number that is not negative, got -1.0"),
         (["speedrun", "--train.steps", "0"], "steps must be at least 1, got 0"),
         (["speedrun", "--data", "nowhere.txt", "--quiet"], "nowhere.txt"),
         (["generate", "hello", "--model", "nowhere"], "no trained model here"),

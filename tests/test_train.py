@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from minillm import train as training
 from minillm.batches import IGNORE, Loader, TokenShards, make_batch, write_shards
 from minillm.check import check, laws
 from minillm.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from minillm.recipes import recipe
 from minillm.train import (
     AdamW,
     Engine,
@@ -1029,3 +1031,11 @@ def test_another_engine_can_take_over(data):
     assert doubled.tokens == 2 * plain.tokens
     for a, b in zip(model.parameters(), plain_model.parameters()):
         assert_close(a, b)
+
+
+def test_the_chapters_table_gives_the_settings_of_the_tiny_recipe():
+    chapter = (Path(__file__).parents[1] / "chapters" / "13_train.ipynb").read_text(encoding="utf-8")
+    config = recipe("tiny").train
+    assert f"| {1000 * config.max_lr:g}e-3 |" in chapter
+    assert f"straight down to {100 * config.min_lr_ratio:g} % |" in chapter
+    assert config.batch_size * config.seq_len == 1024  # "1K"
