@@ -118,7 +118,7 @@ def tiny() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """About 26M parameters on the own corpus or on files of your own: minutes on a GPU, a night on a laptop."""
+    """About 27M parameters on the own corpus or on files of your own: minutes on a GPU, a night on a laptop."""
     return RunConfig(
         recipe="small",
         data=DataConfig(documents=1_000_000, corpus=CorpusConfig(n_people=400)),
@@ -147,21 +147,21 @@ def _large(name: str, model: ModelConfig, *, batch_size: int, max_lr: float, tok
 
 
 def m125() -> RunConfig:
-    """About 125M parameters, 2.5B tokens: an evening on one GPU. Give it text with `--data`."""
+    """About 110M parameters, 2.5B tokens: an evening on one GPU. Give it text with `--data`."""
     return _large(
         "m125", _llama(768, 12, 12, 12, 32_000, 2048, tied=True), batch_size=128, max_lr=6e-4, tokens=2.5e9
     )
 
 
 def m350() -> RunConfig:
-    """About 350M parameters, 7B tokens. Give it text with `--data`."""
+    """About 340M parameters, 7B tokens. Give it text with `--data`."""
     return _large(
         "m350", _llama(1024, 24, 16, 16, 32_000, 2048, tied=True), batch_size=256, max_lr=4e-4, tokens=7e9
     )
 
 
 def b1() -> RunConfig:
-    """About 1.3B parameters, 26B tokens. Give it text with `--data`."""
+    """About 1.4B parameters, 26B tokens. Give it text with `--data`."""
     return _large("b1", _llama(2048, 24, 16, 16, 32_000, 2048), batch_size=512, max_lr=3e-4, tokens=26e9)
 
 

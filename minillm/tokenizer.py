@@ -714,7 +714,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model behind the same methods. Chapter 04.
 
     A model that `train_sentencepiece` made gives every string back unchanged. A published one gives back what it
-    was built to give: LLaMA's drops the space that it puts in front, Baichuan's also normalises characters.
+    was built to give: LLaMA's drops the space that it puts in front, Baichuan's also normalizes characters.
 
     Args:
         model: the content of a `.model` file.
@@ -825,7 +825,7 @@ def train_sentencepiece(
     character_coverage: float = 0.9995,
     progress: bool = False,
 ) -> SentencePieceTokenizer:
-    """Train a SentencePiece model that keeps text as it is: no normalisation, no added or removed space.
+    """Train a SentencePiece model that keeps text as it is: no normalization, no added or removed space.
 
     Args:
         texts: read once.
