@@ -6,6 +6,7 @@ Runs in the notebook's own folder with a fresh kernel, and writes the file only 
 import os
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -19,20 +20,44 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
     for cell in notebook.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
         if "outputs" in cell:  # warnings and bars go to the reader's screen, not into the book
-            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+            cell["outputs"] = _merged(
+                [output for output in cell["outputs"] if output.get("name") != "stderr"]
+            )
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             if "metadata" in output:
                 output["metadata"] = {}
 
 
+def _merged(outputs: list) -> list:
+    """Join what a kernel printed in several pieces: where it is cut depends on the machine's mood."""
+    merged: list = []
+    for output in outputs:
+        if merged and output.output_type == merged[-1].output_type == "stream":
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def slowest(notebook: nbformat.NotebookNode, n: int = 5) -> str:
+    """The n cells that took longest, as "[index] seconds"."""
+    seconds = []
+    for index, cell in enumerate(notebook.cells):
+        times = cell.metadata.get("execution", {})
+        start, end = times.get("iopub.execute_input"), times.get("shell.execute_reply")
+        if start and end:
+            seconds.append(
+                ((datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds(), index)
+            )
+    return ", ".join(f"[{index}] {took:.0f} s" for took, index in sorted(seconds, reverse=True)[:n])
+
+
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Run every cell in order; raise at the first error."""
     from nbclient import NotebookClient
 
-    NotebookClient(
-        notebook, timeout=900, record_timing=False, resources={"metadata": {"path": folder}}
-    ).execute()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": folder}}).execute()
 
 
 def main(argv: list[str]) -> int:
@@ -44,7 +69,7 @@ def main(argv: list[str]) -> int:
         notebook = nbformat.read(path, as_version=4)
         if argv[0] == "execute":
             execute(notebook, path.parent)
-            print(f"{path}: {time.monotonic() - start:.0f} s")
+            print(f"{path}: {time.monotonic() - start:.0f} s; slowest cells {slowest(notebook)}")
         tidy(notebook)
         text = nbformat.writes(notebook) + "\n"
         if text != path.read_text(encoding="utf-8"):
