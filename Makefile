@@ -11,6 +11,7 @@ CHAPTERS := $(wildcard chapters/[0-9]*.ipynb)
 export MPLBACKEND ?= agg
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export TOKENIZERS_PARALLELISM := false
+export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup speedrun test lab book text notebooks export execute check lint types unit nbval bench clean
