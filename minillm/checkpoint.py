@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,8 +29,10 @@ __all__ = [
     "MiniLLMError",
     "atomic_folder",
     "atomic_write",
+    "clean_leftovers",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_metadata",
     "load_model",
     "load_tensors",
     "save_checkpoint",
@@ -79,28 +83,76 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill that appears under its name only when it is complete. An existing folder is replaced."""
+    """A folder to fill that appears under its name only when it is complete and on disk. An existing folder is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
-        for file in partial.iterdir():
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                with open(os.path.join(folder, name), "rb") as file:
+                    os.fsync(file.fileno())
+            _sync_folder(folder)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.", suffix=".tmp"))
-            os.replace(path, old / "old")
-            os.replace(partial, path)
-            shutil.rmtree(old)
+            _exchange(partial, path)
         else:
             os.replace(partial, path)
         _sync_folder(path.parent)
-    except BaseException:
+    finally:  # the partial folder, or the one that was replaced
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Swap two names. On Linux and macOS a kill leaves the one or the other; elsewhere `clean_leftovers` mends it."""
+    swap = _swap_call()
+    if swap is not None and swap(os.fsencode(new), os.fsencode(path)) == 0:
+        return
+    old = path.with_name(f".{path.name}.old.tmp")
+    os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap_call() -> Callable[[bytes, bytes], int] | None:
+    """The system's call that swaps two names in one step, if there is one; it returns 0 where it could."""
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows
+        return None
+    if hasattr(libc, "renameat2"):
+        here, exchange = -100, 2  # AT_FDCWD in fcntl.h, RENAME_EXCHANGE in linux/fs.h
+        return lambda a, b: libc.renameat2(here, a, here, b, exchange)
+    if hasattr(libc, "renamex_np"):
+        return lambda a, b: libc.renamex_np(a, b, 2)  # RENAME_SWAP in sys/stdio.h
+    return None
+
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(old|[a-z0-9_]{8})\.tmp")
+
+
+def clean_leftovers(folder: str | Path) -> list[str]:
+    """Remove what writes that a kill cut short have left in a folder. Only the holder of the folder's lock may call it.
+
+    Returns:
+        The names that are gone.
+    """
+    gone = []
+    for item in sorted(Path(folder).glob(".*.tmp")):
+        found = _LEFTOVER.fullmatch(item.name)
+        if found is None:
+            continue
+        if found[2] == "old" and not item.with_name(found["name"]).exists():
+            os.replace(item, item.with_name(found["name"]))  # killed between the two renames of `_exchange`
+        elif item.is_dir():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
+        gone.append(item.name)
+    if gone:
+        log.info("%s: removed what a killed process left: %s", folder, ", ".join(gone))
+    return gone
 
 
 def _umask() -> int:
@@ -109,7 +161,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: str | Path) -> None:
     if os.name == "posix":  # a rename is durable once its folder is
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -118,9 +170,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file, as 64 hex digits."""
+def sha256_file(path: str | Path, *, from_disk: bool = False) -> str:
+    """The SHA-256 of a file, as 64 hex digits; on request of what is on the disk, not of the copy in memory (Linux)."""
     with open(path, "rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.fsync(file.fileno())  # only pages that are on disk can be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -130,6 +185,9 @@ def save_tensors(
     """Write named tensors as one safetensors file, atomically.
 
     Tensors that share storage (a tied head and embedding) must be given once; safetensors refuses aliases.
+
+    Raises:
+        CheckpointError: the file cannot be written; a full disk, most often.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +201,11 @@ def save_tensors(
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
+        if isinstance(error, SafetensorError):
+            raise CheckpointError(f"{path}: cannot be written ({error})") from error
         raise
 
 
@@ -164,6 +224,19 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[s
         raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
 
 
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """What `save_tensors` was given as metadata.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
+
+
 def save_checkpoint(
     folder: str | Path,
     step: int,
@@ -179,10 +252,14 @@ def save_checkpoint(
         step: the number of finished optimizer steps.
         tensors: groups of named tensors, as in {"model": …, "optimizer": …}; each becomes `<group>.safetensors`.
         state: everything else; must be JSON.
-        keep: how many checkpoints stay, newest first; older ones are removed after the new one is safe.
+        keep: how many checkpoints stay: this one and those before it. The rest is removed after this one has been read
+            back from the disk. One of a later step, which a resumed run has passed over as damaged, is never counted.
 
     Returns:
         The new checkpoint's folder.
+
+    Raises:
+        CheckpointError: it cannot be written, or reads back differently; the checkpoints before it are still there.
     """
     path = Path(folder) / f"step-{step:08d}"
     with atomic_folder(path) as partial:
@@ -193,7 +270,9 @@ def save_checkpoint(
         sums = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
         with atomic_write(partial / MANIFEST) as file:
             json.dump({"step": step, "sha256": sums}, file, indent=1)
-    for old in _numbered(folder)[keep:]:
+    verify_checkpoint(path, from_disk=True)
+    before = [old for old in _numbered(folder) if old.name < path.name]
+    for old in before[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -202,22 +281,36 @@ def _numbered(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("step-" + "[0-9]" * 8), reverse=True)
 
 
-def verify_checkpoint(path: str | Path) -> None:
+def verify_checkpoint(path: str | Path, *, from_disk: bool = False) -> None:
     """Compare every file of a checkpoint with its manifest.
 
+    Args:
+        path: the checkpoint's folder.
+        from_disk: read the disk, not the system's copy in memory.
+
     Raises:
-        CheckpointError: a file is missing or its checksum differs; the message names it.
+        CheckpointError: a file is missing, cannot be read, or its checksum differs; the message names it.
     """
-    path = Path(path)
+    for name, expected in _checksums(Path(path)).items():
+        file = Path(path) / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        try:
+            found = sha256_file(file, from_disk=from_disk)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error})") from error
+        if found != expected:
+            raise CheckpointError(f"{file}: checksum differs from {MANIFEST}; the file is damaged")
+
+
+def _checksums(path: Path) -> dict[str, str]:
     try:
         sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(sums, dict) or "state.json" not in sums:
+            raise ValueError("no state.json in it")
+        return sums
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: unreadable ({error})") from error
-    for name, expected in sums.items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name}: missing")
-        if sha256_file(path / name) != expected:
-            raise CheckpointError(f"{path / name}: checksum differs from {MANIFEST}; the file is damaged")
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -241,7 +334,8 @@ def load_checkpoint(
     """
     path = Path(path)
     verify_checkpoint(path)
-    groups = {file.stem: load_tensors(file, device) for file in sorted(path.glob("*.safetensors"))}
+    files = [path / name for name in sorted(_checksums(path)) if name.endswith(".safetensors")]
+    groups = {file.stem: load_tensors(file, device) for file in files}
     return groups, json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -371,7 +372,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -401,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if isinstance(error, Interrupted):
             print(f"minillm: {error}", file=sys.stderr)
-            return 130
+            return 128 + getattr(signal, error.signal_name, signal.SIGINT)
         raise
 
 

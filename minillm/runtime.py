@@ -8,7 +8,9 @@ import logging
 import os
 import platform
 import random
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,19 +18,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from minillm.checkpoint import MiniLLMError
 
 __all__ = [
+    "NoSpace",
     "RunLocked",
     "describe_machine",
     "fast_bfloat16",
+    "folder_bytes",
+    "need_disk",
     "peak_memory_bytes",
     "pick_device",
     "pick_dtype",
     "run_lock",
     "seed_everything",
     "set_up_logging",
+    "steady_bar",
     "tune_allocator",
 ]
 
@@ -153,29 +160,91 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+_held: dict[Path, int] = {}  # folders that this process has locked, and the thread that did
+
+
 @contextlib.contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
     """Hold a run folder for this process; released when the process ends, however it ends.
 
+    The thread that holds it may take it again. A child process does not inherit it, so that a worker which outlives a
+    killed run does not keep the next one out.
+
     Raises:
-        RunLocked: another process holds it.
+        RunLocked: another process or thread holds it.
+        OSError: the folder cannot be written.
     """
-    path = Path(folder) / ".lock"
+    path = Path(folder).resolve() / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    thread = threading.get_ident()
+    if _held.get(path) == thread:
+        yield
+        return
+    if path in _held:  # opening the file again, and closing it, would release it
+        raise RunLocked(f"{folder}: another thread of this process writes here; choose another folder")
     with open(path, "a+", encoding="utf-8") as file:
         try:
             import fcntl
-        except ImportError:  # Windows has no flock: two runs in one folder are then the user's care
+        except ImportError:  # Windows has no such lock: two runs in one folder are then the user's care
             yield
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise RunLocked(
                 f"{folder}: another run ({file.read().strip() or 'unknown'}) writes here; wait for it or choose another --name"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
-        yield
+        except OSError as error:  # some network file systems have no locks
+            log.warning(
+                "%s: this file system has no locks (%s); make sure that no other run writes here",
+                folder,
+                error,
+            )
+        _held[path] = thread
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            file.flush()
+            yield
+        finally:
+            del _held[path]
+
+
+class NoSpace(MiniLLMError):
+    """A run would fill the disk."""
+
+
+def need_disk(folder: str | Path, n_bytes: int, purpose: str) -> None:
+    """Make sure that a folder's disk has room for so much more, before the work that will write it.
+
+    Args:
+        folder: where it will be written; need not be there yet.
+        n_bytes: how much will be added to what is there.
+        purpose: of what, for the message: "3 checkpoints of 1.5 GB".
+
+    Raises:
+        NoSpace: it does not fit.
+    """
+    there = Path(folder).resolve()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if n_bytes > free:
+        raise NoSpace(
+            f"{folder}: {purpose} need {n_bytes / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free: make room, keep fewer "
+            "checkpoints (--train.keep), or write elsewhere (--runs)"
+        )
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """The size of all files in a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def steady_bar(**options: Any) -> tqdm:
+    """A progress bar that goes by a clock that nobody sets: a computer's date may jump in a long run, and back."""
+    bar = tqdm(**options)
+    vars(bar)["_time"] = time.monotonic  # tqdm takes time.time, and offers no choice
+    bar.start_t = bar.last_print_t = time.monotonic()
+    return bar

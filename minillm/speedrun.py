@@ -20,7 +20,15 @@ import torch
 from tqdm.auto import tqdm
 
 from minillm.batches import Loader, TokenShards, write_shards
-from minillm.checkpoint import CheckpointError, MiniLLMError, atomic_write, load_model, save_model
+from minillm.checkpoint import (
+    CheckpointError,
+    MiniLLMError,
+    atomic_folder,
+    atomic_write,
+    clean_leftovers,
+    load_model,
+    save_model,
+)
 from minillm.corpus import Document, generate, questions, read_documents
 from minillm.generate import Sampler, generate_text
 from minillm.generate import generate as generate_tokens
@@ -29,13 +37,14 @@ from minillm.report import read_metrics, write_report
 from minillm.runtime import (
     describe_machine,
     fast_bfloat16,
+    need_disk,
     peak_memory_bytes,
     run_lock,
     seed_everything,
     tune_allocator,
 )
 from minillm.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
-from minillm.train import TrainResult, bits_per_byte, evaluate_loss, train
+from minillm.train import FREE_SETTINGS, TrainResult, bits_per_byte, evaluate_loss, train
 from minillm.transformer import Transformer, count_parameters
 
 __all__ = ["Stage", "load_run", "pretrain", "sample", "score", "speedrun"]
@@ -63,20 +72,28 @@ class _Run:
     """A run folder: its config, the stages that are done, and what they said."""
 
     def __init__(self, folder: Path, config: RunConfig, say: Say, progress: bool):
-        self.folder, self.config, self.say, self.progress = folder, config, say, progress
+        self.folder, self.config, self.tell, self.progress = folder, config, say, progress
         self.stages: list[Stage] = []
         self.record = folder / "stages.json"
         self.done: dict[str, Any] = {}
         if self.record.exists():
-            self.done = json.loads(self.record.read_text(encoding="utf-8"))
+            self.done = _read_json(self.record)
+
+    def say(self, line: str) -> None:
+        """Tell the user. A terminal that is gone, or a closed pipe, is no reason to end a run."""
+        try:
+            self.tell(line)
+        except OSError as error:
+            self.tell = _quiet
+            log.warning("nobody reads what this run says (%s); it goes on", error)
 
     def keep_config(self) -> None:
         """Write the resolved config, or refuse a folder that another config has begun."""
         path = self.folder / "config.json"
         mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
         if path.exists():
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            difference = first_difference(theirs, mine)
+            theirs = _read_json(path)
+            difference = first_difference(_binding(theirs), _binding(mine))
             if difference:
                 name, old, new = difference
                 raise ValueError(
@@ -92,9 +109,9 @@ class _Run:
         with atomic_write(self.record) as file:
             json.dump(self.done, file, indent=1, ensure_ascii=False)
 
-    def stage(self, number: int, name: str, work: Callable[[], str]) -> None:
-        """Do a stage unless it is done, say one line about it, and remember both."""
-        if name in self.done:
+    def stage(self, number: int, name: str, work: Callable[[], str], makes: str = "") -> None:
+        """Do a stage unless it is done and what it makes is there, say one line about it, and remember both."""
+        if name in self.done and (self.folder / makes).exists():
             stage = Stage(name, self.done[name]["what"], self.done[name]["seconds"])
             self.say(f"[{number}/5] {name:9} {stage.what} (done before)")
         else:
@@ -104,6 +121,19 @@ class _Run:
             self.remember(name, {"what": what, "seconds": stage.seconds})
             self.say(f"[{number}/5] {name:9} {what} ({stage.seconds:.1f} s)")
         self.stages.append(stage)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MiniLLMError(f"{path}: damaged ({error}); begin anew with --restart") from error
+
+
+def _binding(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what may change when its run goes on."""
+    kept = {name: value for name, value in config.get("train", {}).items() if name not in FREE_SETTINGS}
+    return {**config, "train": kept}
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
@@ -204,13 +234,23 @@ def _shards(run: _Run) -> str:
 
         def encoded(texts: Iterator[str] = texts, split: str = split) -> Iterator[list[int]]:
             nonlocal n_bytes
-            total = run.done["counts"][split]["documents"]
+            total, first = run.done["counts"][split], not n_bytes
             with tqdm(
-                total=total, disable=not run.progress, unit="doc", desc=f"encode {split}", leave=False
+                total=total["documents"],
+                disable=not run.progress,
+                unit="doc",
+                desc=f"encode {split}",
+                leave=False,
             ) as bar:
                 while batch := list(islice(texts, ENCODE_BATCH)):
                     n_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
-                    yield from tokenizer.encode_batch(batch)
+                    ids = tokenizer.encode_batch(batch)
+                    if first:  # the whole will be about as dense as its beginning
+                        tokens = sum(map(len, ids)) * total["characters"] / max(1, sum(map(len, batch)))
+                        width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+                        need_disk(run.folder, int(width * tokens), f"about {tokens / 1e6:,.0f}M tokens")
+                        first = False
+                    yield from ids
                     bar.update(len(batch))
 
         index = write_shards(
@@ -243,9 +283,24 @@ def _steps_that_fit(config: RunConfig, step_seconds: float) -> int:
     return min(config.train.steps, max(100, fit - fit % 100))
 
 
+def _shards_of(run: _Run, split: str) -> TokenShards:
+    return TokenShards(run.folder / "shards" / split)
+
+
+def _verify_shards(run: _Run) -> None:
+    """Read every token file once: a flipped bit would be trained on, and nobody would ever know."""
+    for split in ("heldout", "train"):
+        try:
+            TokenShards(run.folder / "shards" / split, verify=True)
+        except MiniLLMError as error:
+            raise MiniLLMError(
+                f"{error}. Remove {run.folder / 'shards'}: the same command writes it again, and goes on"
+            ) from error
+
+
 def _loader(run: _Run, config: RunConfig) -> Loader:
     return Loader(
-        TokenShards(run.folder / "shards" / "train"),
+        _shards_of(run, "train"),
         batch_size=config.train.batch_size,
         seq_len=config.train.seq_len,
         seed=config.train.seed,
@@ -254,7 +309,7 @@ def _loader(run: _Run, config: RunConfig) -> Loader:
 
 def _held_out(run: _Run, config: RunConfig) -> Loader:
     return Loader(
-        TokenShards(run.folder / "shards" / "heldout"),
+        _shards_of(run, "heldout"),
         batch_size=16,
         seq_len=config.train.seq_len,
         packing="rows",
@@ -263,6 +318,7 @@ def _held_out(run: _Run, config: RunConfig) -> Loader:
 
 def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
     config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, dtype=dtype))
+    _verify_shards(run)
     seed_everything(config.train.seed)
     # Little text may hold fewer tokens than were asked for.
     vocab_size = load_tokenizer(run.folder / "tokenizer.json").vocab_size
@@ -274,7 +330,7 @@ def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
         run.remember("steps", _steps_that_fit(config, seconds))
         run.say(
             f"[4/5] pretrain  {n_parameters / 1e6:.2f}M parameters, {run.done['steps']:,} steps on {device.type} in "
-            f"{dtype}: about {_duration(run.done['steps'] * seconds)}"
+            f"{dtype}: about {_duration(run.done['steps'] * seconds)}, checkpoints of {12 * n_parameters / 1e6:,.0f} MB"
         )
         if run.done["steps"] < config.train.steps:
             run.say(
@@ -288,9 +344,12 @@ def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
     result: TrainResult = train(
         model, _loader(run, config), config.train, run_dir=run.folder, eval_fn=evaluate, progress=run.progress
     )
-    save_model(run.folder / "model", model)
-    shutil.copyfile(run.folder / "tokenizer.json", run.folder / "model" / "tokenizer.json")
-    held = [line["held_out_nats"] for line in result.metrics if "held_out_nats" in line][-1]
+    with atomic_folder(run.folder / "model") as folder:
+        save_model(folder, model)
+        shutil.copyfile(run.folder / "tokenizer.json", folder / "tokenizer.json")
+    held = next((line["held_out_nats"] for line in reversed(result.metrics) if "held_out_nats" in line), None)
+    if held is None:  # somebody has removed the metrics
+        held = evaluate(model)["held_out_nats"]
     counts = run.done["shards_counts"]["heldout"]
     run.done["training"] = {
         "held_out_nats": held,
@@ -342,19 +401,39 @@ def pretrain(
     folder, device = Path(run_dir), torch.device(device)
     with run_lock(folder):
         if restart:
-            for item in folder.iterdir():
-                if item.name != ".lock":
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+            _empty(folder)
+        for place in (folder, folder / "shards"):
+            clean_leftovers(place)
         run = _Run(folder, config, say, progress)
         run.keep_config()
+        _need_checkpoints(run)
         tune_allocator()
         if dtype is None:
             dtype = config.train.dtype if config.train.dtype != "float32" else _fast_dtype(device)
         run.stage(1, "corpus", lambda: _corpus(run))
-        run.stage(2, "tokenizer", lambda: _tokenizer(run))
-        run.stage(3, "shards", lambda: _shards(run))
-        run.stage(4, "pretrain", lambda: _pretrain(run, device, dtype))
+        run.stage(2, "tokenizer", lambda: _tokenizer(run), "tokenizer.json")
+        run.stage(3, "shards", lambda: _shards(run), "shards")
+        run.stage(4, "pretrain", lambda: _pretrain(run, device, dtype), "model")
     return run
+
+
+def _empty(folder: Path) -> None:
+    """Throw away what a run's folder holds. Killed in the middle it leaves a folder in which nothing counts as done.
+
+    The record of the stages goes first. The config goes last: as long as it is there, another run is refused.
+    """
+    order = {"stages.json": 0, "config.json": 2, ".lock": 3}
+    for item in sorted(folder.iterdir(), key=lambda item: order.get(item.name, 1)):
+        if item.name != ".lock":
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
+def _need_checkpoints(run: _Run) -> None:
+    """Refuse a run whose checkpoints will not fit on the disk: before its first stage, not in its fourth."""
+    if "pretrain" in run.done or (run.folder / "checkpoints").exists():
+        return  # `train` counts what is there
+    one, number = 12 * count_parameters(run.config.model).total, run.config.train.keep + 1
+    need_disk(run.folder, number * one, f"{number} checkpoints of {one / 1e9:.2f} GB")
 
 
 def _fast_dtype(device: torch.device) -> str:
@@ -560,16 +639,18 @@ def speedrun(
         What the stages found: `training` and `results` as in `scores.json`, and the `report`'s path.
     """
     device = torch.device(device)
-    run = pretrain(config, run_dir, device=device, dtype=dtype, restart=restart, say=say, progress=progress)
-    with run_lock(run.folder):
+    with run_lock(run_dir):  # of one hold, so that nobody comes in between
+        run = pretrain(
+            config, run_dir, device=device, dtype=dtype, restart=restart, say=say, progress=progress
+        )
         run.stage(5, "score", lambda: _finish(run, device))
         report = _report(run, device)
     results = run.done["results"]
     for what, prompt, text in results["samples"]:
-        say(f"\n{what}:\n  {(prompt + text).strip()}".replace("\n", "\n  ").replace("\n  \n", "\n"))
-    say("")
+        run.say(f"\n{what}:\n  {(prompt + text).strip()}".replace("\n", "\n  ").replace("\n  \n", "\n"))
+    run.say("")
     for record in results["scores"]:
-        say(
+        run.say(
             f"{record['name']:42} {record['correct']:3} of {record['n']:3}  {100 * record['accuracy']:5.1f} %"
         )
     return {"training": run.done["training"], "results": results, "report": report}

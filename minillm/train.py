@@ -6,8 +6,10 @@ __all__ = [
     "Decay",
     "Precision",
     "Compile",
+    "BadStep",
     "PEAK_FLOPS",
     "COUNTERS",
+    "FREE_SETTINGS",
     "TrainConfig",
     "learning_rate",
     "adamw_update",
@@ -35,10 +37,18 @@ __all__ = [
     "Run",
     "check_same_run",
     "save_run",
+    "find_checkpoint",
     "resume_run",
+    "check_disk",
+    "hold_folder",
+    "leap_limit",
+    "record_batch",
+    "load_batch",
+    "bad_step",
     "train_step",
     "due",
     "evaluate_and_log",
+    "run_loop",
     "train",
 ]
 
@@ -51,8 +61,9 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -62,18 +73,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from minillm.checkpoint import (
     CheckpointError,
     MiniLLMError,
     atomic_write,
+    clean_leftovers,
     latest_checkpoint,
     load_checkpoint,
+    load_metadata,
+    load_tensors,
     save_checkpoint,
+    save_tensors,
 )
 
 from .batches import IGNORE, Batch
+from .runtime import folder_bytes, need_disk, run_lock, steady_bar
 from .transformer import Transformer, flops_per_token
 
 log = logging.getLogger(__name__)
@@ -82,6 +97,7 @@ log = logging.getLogger(__name__)
 Decay = Literal["cosine", "linear"]
 Precision = Literal["float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
+BadStep = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +125,9 @@ class TrainConfig:
         eval_every: steps between two evaluations; 0 means only at the end.
         save_every: steps between two checkpoints; 0 means only at the end.
         keep: checkpoints kept.
+        bad_step: what to do about a loss or gradient that is no number, or that leaps: "stop" the run, or "skip" the update.
+        spike: what a leap is: so many deviations above the median of the last 100 steps; 0 means that nothing is.
+        max_skips: bad steps in a row after which "skip" stops too.
     """
 
     steps: int
@@ -131,13 +150,16 @@ class TrainConfig:
     eval_every: int = 0
     save_every: int = 500
     keep: int = 2
+    bad_step: BadStep = "stop"
+    spike: float = 0.0
+    max_skips: int = 10
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "accumulation", "keep"):
+        for name in ("steps", "batch_size", "seq_len", "accumulation", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         rest = ("max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "clip_norm", "seed")
-        for name in (*rest, "log_every", "eval_every", "save_every"):
+        for name in (*rest, "log_every", "eval_every", "save_every", "spike"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number that is not negative, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
@@ -149,7 +171,8 @@ class TrainConfig:
                 "decay_fraction must be in (0, 1], eps above 0 and betas in [0, 1), "
                 f"got {self.decay_fraction}, {self.eps} and {self.betas}"
             )
-        for name, allowed in (("decay", Decay), ("dtype", Precision), ("compile", Compile)):
+        words = (("decay", Decay), ("dtype", Precision), ("compile", Compile), ("bad_step", BadStep))
+        for name, allowed in words:
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
                     f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}"
@@ -487,6 +510,8 @@ class TrainingDiverged(MiniLLMError):
 class Engine:
     """Who owns parameters, gradients and optimizer state: here one process. Chapter 15 has others with these methods.
 
+    `norm_limit` is set by the loop before each step: with a gradient norm that is not below it nothing is updated.
+
     Args:
         model: its parameters are trained, in float32.
         config: the optimizer's settings.
@@ -497,6 +522,7 @@ class Engine:
 
     rank = 0
     world_size = 1
+    norm_limit = math.inf
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         for name, p in model.named_parameters():
@@ -523,9 +549,9 @@ class Engine:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients. Returns the norm before clipping; if it is not finite nothing is updated."""
+        """Clip, update, clear the gradients. Returns the norm before clipping; nothing is updated unless it is below the limit."""
         norm = clip_gradients(self.model.parameters(), self.config.clip_norm).item()
-        if math.isfinite(norm):
+        if norm < self.norm_limit:  # not so for nan, and for infinity
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -611,7 +637,7 @@ def compiled(model: Transformer, on: bool) -> Iterator[None]:
 
 # %% ../chapters/13_train.ipynb #0c198b03
 class Interrupted(Exception):
-    """Training was asked to stop (Ctrl-C, SIGTERM); it finished its step and saved. `train` again resumes."""
+    """Training was asked to stop (Ctrl-C, SIGTERM, SIGHUP); it finished its step and saved. `train` again resumes."""
 
     def __init__(self, step: int, checkpoint: Path | None, signal_name: str):
         self.step, self.checkpoint, self.signal_name = step, checkpoint, signal_name
@@ -626,7 +652,10 @@ class Interrupted(Exception):
 # %% ../chapters/13_train.ipynb #21afcc1f
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[str]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying; a second one acts as if nobody caught it."""
+    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of dying; a second one acts as if nobody caught it.
+
+    A signal that the process was told to ignore, as `nohup` does with SIGHUP, stays ignored.
+    """
     caught: list[str] = []
     old: dict[int, Any] = {}
 
@@ -635,9 +664,13 @@ def catch_signals() -> Iterator[list[str]]:
         for each, handler in old.items():
             signal.signal(each, handler)
 
+    numbers = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, handle)
+        for number in sorted(numbers):
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:
+                signal.signal(number, handle)
+                old[number] = before or signal.SIG_DFL  # None: a handler that is not Python's
     except ValueError:  # not the main thread: Python delivers signals only there
         log.debug("signals are not caught outside the main thread")
     try:
@@ -661,7 +694,7 @@ class MetricsFile:
         if self.path is None or not self.path.exists():
             return
         for text in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be half a line
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
                 line = json.loads(text)
                 if line["step"] <= step:
                     self.lines.append(line)
@@ -673,6 +706,12 @@ class MetricsFile:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk: a checkpoint must not outlive the metrics before it."""
+        if self.path is not None and self.path.exists():
+            with open(self.path, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
 
 
 # %% ../chapters/13_train.ipynb #3830116f
@@ -720,26 +759,33 @@ class Run:
         self.model, self.loader, self.config = model, loader, config
         self.engine = Engine(model, config) if engine is None else engine
         self.device = model.embed.weight.device
-        self.checkpoints = None if run_dir is None else run_dir / "checkpoints"
+        self.folder, self.checkpoints = run_dir, None if run_dir is None else run_dir / "checkpoints"
         self.metrics = MetricsFile(None if run_dir is None or self.engine.rank else run_dir / "metrics.jsonl")
         self.step, self.tokens, self.seconds, self.saved_at = 0, 0, 0.0, -1
+        self.skipped, self.skips_in_a_row = 0, 0
+        self.recent: dict[str, list[float]] = {"loss_nats": [], "grad_norm": []}
         self.interval = {"loss": 0.0, "targets": 0, "seconds": 0.0}
         self.compiled = should_compile(model, config)
         self.flops = float(flops_per_token(model.config, config.seq_len, backward=True))
         self.peak = peak_flops(config.dtype, str(self.device)) * self.engine.world_size
 
     def count(self, loss_nats: float, n_targets: int, seconds: float) -> None:
-        """Book a finished step."""
+        """Book a finished step; a skipped one has no targets."""
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + n_targets, self.seconds + seconds
-        for key, value in (("loss", loss_nats * n_targets), ("targets", n_targets), ("seconds", seconds)):
+        loss = loss_nats * n_targets if n_targets else 0.0
+        for key, value in (("loss", loss), ("targets", n_targets), ("seconds", seconds)):
             self.interval[key] += value
 
     def line(self, info: dict[str, Any]) -> dict[str, Any]:
-        """A line of metrics: the mean loss and speed since the last one."""
-        speed = self.interval["targets"] / max(self.interval["seconds"], 1e-9)
+        """A line of metrics: the mean loss and speed since the last one. What is no number is None, as JSON has it."""
+        speed, targets = (
+            self.interval["targets"] / max(self.interval["seconds"], 1e-9),
+            self.interval["targets"],
+        )
         line = {
             **info,
-            "loss_nats": self.interval["loss"] / self.interval["targets"],
+            "loss_nats": self.interval["loss"] / targets if targets else None,
+            "grad_norm": info["grad_norm"] if math.isfinite(info["grad_norm"]) else None,
             "tokens_per_s": round(speed, 1),
             "mfu": round(model_flops_utilization(speed, self.flops, self.peak), 4),
         }
@@ -753,7 +799,11 @@ class Run:
 
 
 # %% ../chapters/13_train.ipynb #9583e26e
-COUNTERS = ("step", "tokens", "seconds", "interval", "compiled")
+COUNTERS = ("step", "tokens", "seconds", "interval", "compiled", "skipped", "skips_in_a_row", "recent")
+FREE_SETTINGS = {  # they may change when a run goes on
+    *("log_every", "eval_every", "save_every", "keep", "accumulation", "compile"),
+    *("bad_step", "spike", "max_skips"),
+}
 
 
 # %% ../chapters/13_train.ipynb #3e4fc38c
@@ -768,11 +818,10 @@ def check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: 
     Raises:
         ValueError: the first setting that differs.
     """
-    free = {"log_every", "eval_every", "save_every", "keep", "accumulation", "compile"}
     for group, values in settings.items():
         for name, value in values.items():
             before = saved[group].get(name)
-            if name not in free and before != value:
+            if name not in FREE_SETTINGS and before != value:
                 raise ValueError(
                     f"{path} was trained with {group} {name}={before}, now {name}={value}; use another run_dir"
                 )
@@ -792,6 +841,7 @@ def save_run(run: Run) -> Path | None:
     counters = {name: getattr(run, name) for name in COUNTERS}
     tensors = {**run.engine.tensors(), "random": random}  # all processes: an engine may have to collect
     if run.engine.rank == 0:
+        run.metrics.sync()
         state = {**run.settings(), "loader": run.loader.state_dict(), **counters}
         save_checkpoint(run.checkpoints, run.step, tensors=tensors, state=state, keep=run.config.keep)
     run.saved_at = run.step
@@ -799,10 +849,30 @@ def save_run(run: Run) -> Path | None:
 
 
 # %% ../chapters/13_train.ipynb #fb96898f
+def find_checkpoint(run: Run) -> Path | None:
+    """The newest undamaged checkpoint, None if there is none yet. All processes take the one that the first has found.
+
+    Raises:
+        CheckpointError: there are some, and all are damaged.
+    """
+    if run.checkpoints is None:
+        return None
+    path = latest_checkpoint(run.checkpoints) if run.engine.rank == 0 else None
+    step = run.engine.total(float(path.name.removeprefix("step-")) + 1.0 if path else 0.0) - 1.0
+    if step >= 0:
+        return run.checkpoints / f"step-{int(step):08d}"
+    if damaged := sorted(path.name for path in run.checkpoints.glob("step-*")):
+        raise CheckpointError(
+            f"{run.checkpoints}: all checkpoints are damaged ({', '.join(damaged)}); to begin anew, move them away"
+        )
+    return None
+
+
+# %% ../chapters/13_train.ipynb #be481e5f
 def resume_run(run: Run) -> None:
     """Go to the newest undamaged checkpoint, as if the process had never stopped; without one, seed and begin."""
     torch.manual_seed(run.config.seed)
-    path = None if run.checkpoints is None else latest_checkpoint(run.checkpoints)
+    path = find_checkpoint(run)
     if path is None:
         run.metrics.truncate(-1)
         return
@@ -815,7 +885,7 @@ def resume_run(run: Run) -> None:
         torch.cuda.set_rng_state(groups["random"]["cuda"].cpu(), run.device)
     chosen = run.compiled
     for name in COUNTERS:
-        setattr(run, name, state[name])
+        setattr(run, name, state.get(name, getattr(run, name)))  # a checkpoint of an older version has fewer
     if run.config.compile != "auto":
         run.compiled = chosen
     run.saved_at = run.step
@@ -823,12 +893,107 @@ def resume_run(run: Run) -> None:
     log.info("resumed from %s", path)
 
 
-# %% ../chapters/13_train.ipynb #51a1fd12
-def train_step(run: Run, loss_fn: Callable[..., Tensor] = batch_loss) -> dict[str, Any]:
-    """One optimizer step; returns its loss, learning rate and gradient norm.
+# %% ../chapters/13_train.ipynb #46f0e639
+def check_disk(run: Run) -> None:
+    """Refuse a run whose checkpoints will not fit: now, and not when the first is written. One more is there while it is written.
 
     Raises:
-        TrainingDiverged: the loss or the gradient is not finite; the parameters are still those of the step before.
+        NoSpace: how much is needed, and how much is free.
+    """
+    if run.checkpoints is None or run.engine.rank > 0:
+        return
+    one = 3 * sum(
+        p.numel() * p.element_size() for p in run.model.parameters()
+    )  # weights and AdamW's two means
+    number = run.config.keep + 1
+    more = number * one - (folder_bytes(run.checkpoints) if run.checkpoints.exists() else 0)
+    need_disk(run.checkpoints, more, f"{number} checkpoints of {one / 1e9:.2f} GB")
+
+
+# %% ../chapters/13_train.ipynb #d92c05ec
+@contextlib.contextmanager
+def hold_folder(run: Run) -> Iterator[None]:
+    """Keep the run's folder to this process, and clean up after one that was killed in it."""
+    if run.folder is None or run.checkpoints is None or run.engine.rank > 0:
+        yield
+        return
+    with run_lock(run.folder):
+        for folder in (run.folder, run.checkpoints):
+            clean_leftovers(folder)
+        check_disk(run)
+        yield
+
+
+# %% ../chapters/13_train.ipynb #96bd7119
+def leap_limit(history: Sequence[float], deviations: float) -> float:
+    """The height from which on a value is a leap: so many robust deviations above the median; infinite with little history.
+
+    For normal numbers 1.4826 times the median distance from the median is the standard deviation.
+    """
+    if not deviations or len(history) < 20:
+        return math.inf
+    middle = statistics.median(history)
+    spread = 1.4826 * statistics.median(abs(value - middle) for value in history)
+    return middle + deviations * max(spread, 0.01 * abs(middle))
+
+
+# %% ../chapters/13_train.ipynb #c468cc8b
+def record_batch(run: Run, batch: Any, facts: Mapping[str, Any]) -> Path | None:
+    """Write the batch of a bad step to `bad-steps/` in the run's folder, each process its own share; None without a folder.
+
+    Args:
+        run: before the step is booked.
+        batch: a dataclass with tensors.
+        facts: what to write beside it.
+    """
+    if run.folder is None:
+        return None
+    share = f"-rank-{run.engine.rank}" if run.engine.world_size > 1 else ""
+    path = run.folder / "bad-steps" / f"step-{run.step + 1:08d}{share}.safetensors"
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in vars(batch).items() if name not in tensors}
+    try:
+        save_tensors(path, tensors, {"batch": json.dumps(rest), "facts": json.dumps(dict(facts))})
+    except (OSError, MiniLLMError) as error:
+        log.warning("the batch of step %d could not be recorded: %s", run.step + 1, error)
+        return None
+    return path
+
+
+# %% ../chapters/13_train.ipynb #cbc94eda
+def load_batch(path: str | Path) -> tuple[Batch, dict[str, Any]]:
+    """A batch that `record_batch` wrote, and the facts beside it: step, loss_nats, grad_norm, lr, reason."""
+    kept = load_metadata(path)
+    return Batch(**load_tensors(path), **json.loads(kept["batch"])), json.loads(kept["facts"])
+
+
+# %% ../chapters/13_train.ipynb #88de963b
+def bad_step(run: Run, batch: Any, info: dict[str, Any], reason: str) -> None:
+    """Record the batch of a step that was not made; then stop or count it, as the config says.
+
+    Raises:
+        TrainingDiverged: the policy is "stop", or there were too many in a row.
+    """
+    config, run.skipped, run.skips_in_a_row = run.config, run.skipped + 1, run.skips_in_a_row + 1
+    path = record_batch(run, batch, {**info, "reason": reason})
+    where = f"; its batch is in {path}" if path else ""
+    said = f"step {run.step + 1}: {reason}: loss {info['loss_nats']:.4g}, gradient norm {info['grad_norm']:.4g}{where}"
+    if config.bad_step == "skip" and run.skips_in_a_row <= config.max_skips:
+        log.warning("%s; step skipped", said)
+        return
+    row = f" ({run.skips_in_a_row} in a row)" if config.bad_step == "skip" else ""
+    raise TrainingDiverged(
+        f"{said}{row}; the parameters are those of step {run.step}. Lower max_lr ({config.max_lr}), lengthen warmup_steps, look at "
+        "the batch, or resume with bad_step='skip'"
+    )
+
+
+# %% ../chapters/13_train.ipynb #51a1fd12
+def train_step(run: Run, loss_fn: Callable[..., Tensor] = batch_loss) -> dict[str, Any]:
+    """One optimizer step; returns its loss, learning rate, gradient norm, and how many steps have been skipped so far.
+
+    Raises:
+        TrainingDiverged: a bad step and the policy "stop"; the parameters are still those of the step before.
     """
     start, config = time.perf_counter(), run.config
     batch = next(run.loader)
@@ -842,15 +1007,24 @@ def train_step(run: Run, loss_fn: Callable[..., Tensor] = batch_loss) -> dict[st
         run.engine.backward(part_loss)
         loss += part_loss.detach()
     loss_nats = run.engine.total(loss.item())
-    lr = learning_rate(run.step + 1, config)
-    norm = run.engine.step(lr) if math.isfinite(loss_nats) else math.nan
-    if not math.isfinite(loss_nats) or not math.isfinite(norm):
-        raise TrainingDiverged(
-            f"step {run.step + 1}: loss {loss_nats}, gradient norm {norm}; the parameters are those of step {run.step}. "
-            f"Lower max_lr ({config.max_lr}), lengthen warmup_steps, or look at this batch"
-        )
+    lr, limit = (
+        learning_rate(run.step + 1, config),
+        {name: leap_limit(run.recent[name], config.spike) for name in run.recent},
+    )
+    usual = math.isfinite(loss_nats) and loss_nats < limit["loss_nats"]
+    run.engine.norm_limit = limit["grad_norm"] if usual else -1.0  # no norm is below -1
+    norm = run.engine.step(lr)
+    info = {"step": run.step + 1, "tokens": run.tokens, "loss_nats": loss_nats, "lr": lr, "grad_norm": norm}
+    if norm < run.engine.norm_limit:
+        run.skips_in_a_row, info["tokens"] = 0, run.tokens + n_targets
+        for name, values in run.recent.items():
+            values[:] = [*values[-99:], info[name]]
+    else:
+        finite = math.isfinite(loss_nats) and math.isfinite(norm)
+        bad_step(run, batch, info, "a leap" if finite else "not a finite number")
+        n_targets = 0
     run.count(loss_nats, n_targets, time.perf_counter() - start)
-    return {"step": run.step, "tokens": run.tokens, "loss_nats": loss_nats, "lr": lr, "grad_norm": norm}
+    return {**info, "skipped": run.skipped}
 
 
 # %% ../chapters/13_train.ipynb #ce084ff4
@@ -874,6 +1048,41 @@ def evaluate_and_log(
 
 
 # %% ../chapters/13_train.ipynb #ed3f6e14
+def run_loop(
+    run: Run,
+    caught: list[str],
+    eval_fn: Callable[[Transformer], Mapping[str, float]] | None,
+    on_step: Callable[[dict[str, Any]], None] | None,
+    loss_fn: Callable[..., Tensor],
+    progress: bool,
+) -> None:
+    """Steps, metrics, evaluations and checkpoints, to the end or to a signal; see `train`."""
+    config = run.config
+    bar = steady_bar(
+        total=config.steps, initial=run.step, disable=not progress, unit="step", desc="train", leave=False
+    )
+    with bar, compiled(run.model, run.compiled):
+        while run.step < config.steps:
+            info = train_step(run, loss_fn)
+            last = run.step == config.steps
+            evaluate = eval_fn is not None and (last or due(run.step, config.eval_every))
+            if last or evaluate or due(run.step, config.log_every):
+                line = evaluate_and_log(run, info, eval_fn if evaluate else None)
+                bar.set_postfix(
+                    loss=f"{line['loss_nats'] or math.nan:.3f}", tok_s=f"{line['tokens_per_s']:.0f}"
+                )
+            bar.update()
+            if on_step is not None:
+                on_step(info)
+            if last or due(run.step, config.save_every):
+                save_run(run)
+            if run.engine.total(float(len(caught))) and not last:  # all processes stop, or none
+                raise Interrupted(
+                    run.step, save_run(run), caught[0] if caught else "a signal to another process"
+                )
+
+
+# %% ../chapters/13_train.ipynb #7fe8af25
 def train(
     model: Transformer,
     loader: Stream,
@@ -893,44 +1102,30 @@ def train(
         loader: with the batch size and row length of `config`.
         run_dir: receives `metrics.jsonl` and `checkpoints/`; None keeps nothing.
         eval_fn: called every `eval_every` steps and at the end; its numbers join that step's line of metrics.
-        on_step: called after every step with step, tokens, loss_nats, lr, grad_norm.
+        on_step: called after every step with step, tokens, loss_nats, lr, grad_norm, skipped.
         progress: show a bar.
         engine: who owns gradients and optimizer; by default this process.
         loss_fn: `loss_fn(model, batch, n_targets)`: the sum of a batch's losses divided by `n_targets`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
-        TrainingDiverged: the loss is not finite; nothing was saved since.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; the step was finished and saved.
+        TrainingDiverged: a loss or gradient is not finite, or leaps; nothing was saved since.
         ValueError: loader and config disagree, or the checkpoint belongs to another run.
+        RunLocked, NoSpace: another process writes to `run_dir`, or the checkpoints will not fit there.
     """
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     run = Run(model, loader, config, folder, engine)
-    resume_run(run)
-    model.train()
-    hidden_bar = not progress or run.engine.rank > 0
-    bar = tqdm(
-        total=config.steps, initial=run.step, disable=hidden_bar, unit="step", desc="train", leave=False
-    )
-    with catch_signals() as caught, bar, compiled(model, run.compiled):
-        while run.step < config.steps:
-            info = train_step(run, loss_fn)
-            last = run.step == config.steps
-            evaluate = eval_fn is not None and (last or due(run.step, config.eval_every))
-            if last or evaluate or due(run.step, config.log_every):
-                line = evaluate_and_log(run, info, eval_fn if evaluate else None)
-                bar.set_postfix(loss=f"{line['loss_nats']:.3f}", tok_s=f"{line['tokens_per_s']:.0f}")
-            bar.update()
-            if on_step is not None:
-                on_step(info)
-            if last or due(run.step, config.save_every):
-                save_run(run)
-            if run.engine.total(float(len(caught))) and not last:  # all processes stop, or none
-                raise Interrupted(
-                    run.step, save_run(run), caught[0] if caught else "a signal to another process"
-                )
-    loss = run.metrics.lines[-1]["loss_nats"] if run.metrics.lines else math.nan
+    with hold_folder(run), catch_signals() as caught:
+        resume_run(run)
+        model.train()
+        run_loop(run, caught, eval_fn, on_step, loss_fn, progress and run.engine.rank == 0)
+    loss = run.metrics.lines[-1]["loss_nats"] if run.metrics.lines else None
     return TrainResult(
-        steps=run.step, tokens=run.tokens, loss_nats=loss, seconds=run.seconds, metrics=run.metrics.lines
+        steps=run.step,
+        tokens=run.tokens,
+        loss_nats=math.nan if loss is None else loss,
+        seconds=run.seconds,
+        metrics=run.metrics.lines,
     )
