@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -37,8 +38,10 @@ __all__ = [
     "load_tensors",
     "save_checkpoint",
     "save_model",
+    "save_sharded",
     "save_tensors",
     "sha256_file",
+    "shard_key",
 ]
 
 log = logging.getLogger(__name__)
@@ -270,10 +273,111 @@ def save_checkpoint(
         sums = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
         with atomic_write(partial / MANIFEST) as file:
             json.dump({"step": step, "sha256": sums}, file, indent=1)
+    _settle(path, keep)
+    return path
+
+
+def _settle(path: Path, keep: int) -> None:
+    """Read a new checkpoint back from the disk; then let old ones go."""
     verify_checkpoint(path, from_disk=True)
-    before = [old for old in _numbered(folder) if old.name < path.name]
+    before = [old for old in _numbered(path.parent) if old.name < path.name]
     for old in before[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def shard_key(name: str, first: int, shape: Sequence[int]) -> str:
+    """The key of a run of a flattened tensor's elements: where it begins, and the whole tensor's shape.
+
+    >>> shard_key("embed.weight", 128, (64, 32))
+    'embed.weight@128@64x32'
+    """
+    return f"{name}@{first}@{'x'.join(map(str, shape))}"
+
+
+def join_shards(pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors from runs of their elements, whoever wrote them and in however many files.
+
+    Raises:
+        CheckpointError: a run is missing.
+    """
+    whole: dict[str, Tensor] = {}
+    filled: Counter[str] = Counter()
+    for key, piece in pieces.items():
+        name, first, sizes = key.split("@")
+        if name not in whole:
+            whole[name] = piece.new_empty([int(size) for size in sizes.split("x") if size])
+        whole[name].view(-1)[int(first) : int(first) + len(piece)] = piece
+        filled[name] += len(piece)
+    for name, tensor in whole.items():
+        if filled[name] != tensor.numel():
+            raise CheckpointError(
+                f"{name}: {filled[name]:,} of its {tensor.numel():,} elements are in the checkpoint"
+            )
+    return whole
+
+
+def save_sharded(
+    folder: str | Path,
+    step: int,
+    *,
+    shards: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    rank: int,
+    everyone: Callable[[Any], list[Any]],
+    keep: int = 2,
+) -> Path:
+    """`save_checkpoint` by many processes at once, each its own files: `<group>.00001-of-00004.safetensors`.
+
+    All must see the same folder. `load_checkpoint` joins the pieces, for any number of processes.
+
+    Args:
+        folder, step, state, keep: as in `save_checkpoint`; process 0's state is written.
+        shards: this process's groups; keys by `shard_key`. A group that is not sharded is given by process 0 alone.
+        rank: of this process.
+        everyone: gives every process the values of all, by rank, as `Engine.gather_objects`.
+
+    Raises:
+        CheckpointError: some process could not write; no process keeps anything.
+    """
+    path = Path(folder) / f"step-{step:08d}"
+    with contextlib.ExitStack() as stack:
+        try:
+            mine: Any = str(stack.enter_context(atomic_folder(path))) if rank == 0 else None
+        except OSError as error:
+            mine = error
+        offers = everyone(mine)
+        partial, written = Path(str(offers[0])), {}
+        try:
+            if isinstance(offers[0], OSError):
+                raise offers[0]
+            for group, named in shards.items():
+                sharded = any("@" in name for name in named)
+                tail = f".{rank:05d}-of-{len(offers):05d}" if sharded or not named else ""
+                file = partial / f"{group}{tail}.safetensors"
+                save_tensors(file, named)
+                written[file.name] = sha256_file(file)
+            report: Any = written
+        except (OSError, CheckpointError) as error:
+            report = error
+        reports = everyone(report)
+        for number, report in enumerate(reports):
+            if isinstance(report, Exception):
+                raise CheckpointError(f"{path}: process {number} could not write its part ({report})")
+        if rank == 0:
+            with atomic_write(partial / "state.json") as file:
+                json.dump(state, file, indent=1)
+            sums = {name: digest for report in reports for name, digest in report.items()}
+            sums["state.json"] = sha256_file(partial / "state.json")
+            with atomic_write(partial / MANIFEST) as file:
+                json.dump({"step": step, "sha256": sums}, file, indent=1)
+    outcome: Any = None
+    if rank == 0:
+        try:
+            _settle(path, keep)
+        except CheckpointError as error:
+            outcome = error
+    if (failed := everyone(outcome)[0]) is not None:  # and nobody goes on before the folder has its name
+        raise failed
     return path
 
 
@@ -335,15 +439,23 @@ def load_checkpoint(
     path = Path(path)
     verify_checkpoint(path)
     files = [path / name for name in sorted(_checksums(path)) if name.endswith(".safetensors")]
-    groups = {file.stem: load_tensors(file, device) for file in files}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for file in files:
+        groups.setdefault(file.name.partition(".")[0], {}).update(load_tensors(file, device))
+    for group, named in groups.items():
+        if any("@" in name for name in named):
+            groups[group] = join_shards(named)
     return groups, json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
-def save_model(folder: str | Path, model: Transformer) -> None:
-    """Write a model's config and weights as `config.json` and `model.safetensors`, each atomically."""
-    weights = dict(model.state_dict())
+def save_model(folder: str | Path, model: Transformer, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model's config and weights as `config.json` and `model.safetensors`, each atomically.
+
+    `weights`, if given, are its parameters by name, from an engine whose model is in pieces.
+    """
+    weights = dict(model.state_dict() if weights is None else weights)
     if model.config.tied:
-        del weights["head.weight"]  # one storage, stored once
+        weights.pop("head.weight", None)  # one storage, stored once
     save_tensors(Path(folder) / "model.safetensors", weights, {"format": "minillm"})
     with atomic_write(Path(folder) / "config.json") as file:
         json.dump({"format": "minillm", "model": dataclasses.asdict(model.config)}, file, indent=1)

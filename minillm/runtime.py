@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import logging
 import os
 import platform
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from minillm.checkpoint import MiniLLMError
 
 __all__ = [
     "NoSpace",
+    "PeerLost",
     "RunLocked",
+    "World",
     "describe_machine",
     "fast_bfloat16",
     "folder_bytes",
@@ -32,6 +36,7 @@ __all__ = [
     "peak_memory_bytes",
     "pick_device",
     "pick_dtype",
+    "process_group",
     "run_lock",
     "seed_everything",
     "set_up_logging",
@@ -44,6 +49,102 @@ log = logging.getLogger(__name__)
 
 class RunLocked(MiniLLMError):
     """Another process is writing to the same run folder."""
+
+
+class PeerLost(MiniLLMError):
+    """Another process of the run has ended, or has not answered in time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of a run, and which of them this one is. `local_rank` counts those of one machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    patient: Any = None
+
+    def wait(self) -> None:
+        """Until all processes are here, for as long as it takes: one of them may be preparing data. Returns at once if alone."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            with _lost_peers(self.rank):
+                dist.barrier(self.patient)
+
+
+@contextlib.contextmanager
+def _lost_peers(rank: int) -> Iterator[None]:
+    """Say what a failed collective means. torch raises a plain RuntimeError for gloo, a DistError for NCCL."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(
+            word in text for word in ("gloo", "Gloo", "Timed out")
+        ):
+            raise
+        reason = text.strip().splitlines()[0]
+        raise PeerLost(
+            f"process {rank} has lost another process of the run, which has failed or hangs; its own message says more. "
+            f"The same command goes on from the last checkpoint ({reason})"
+        ) from error
+
+
+@contextlib.contextmanager
+def process_group(
+    device: torch.device | str = "cpu",
+    *,
+    timeout_s: float = 600.0,
+    always: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    init_method: str | None = None,
+) -> Iterator[World]:
+    """Join the other processes of a run, and leave them in good order; a World of one if nobody launched several.
+
+    torchrun, deepspeed and Slurm's srun with torchrun tell a process who it is by RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT: that is their protocol, and the only place in the package that reads the environment.
+
+    Args:
+        device: GPUs talk through NCCL, everything else through gloo.
+        timeout_s: how long a collective waits for the others before it gives up.
+        always: make a group of one too, which FSDP2 and DeepSpeed need.
+        rank, world_size, init_method: in place of the environment.
+
+    Raises:
+        PeerLost: from within: another process has ended or did not answer in time.
+    """
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    if world_size == 1 and not always:
+        yield World()
+        return
+    import torch.distributed as dist
+
+    options: dict[str, Any] = {"init_method": init_method or "env://"}
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        options = {"store": dist.HashStore()}
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+    with _lost_peers(rank):
+        dist.init_process_group(
+            backend,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            **options,
+        )
+        try:
+            patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+            yield World(rank=rank, world_size=world_size, local_rank=local_rank, patient=patient)
+            dist.barrier()  # a process that leaves early would look like one that died
+        finally:
+            dist.destroy_process_group()
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -26,6 +26,7 @@ __all__ = [
     "model_flops_utilization",
     "TrainingDiverged",
     "Engine",
+    "check_tensors",
     "load_parameters",
     "should_compile",
     "compiled",
@@ -84,7 +85,9 @@ from minillm.checkpoint import (
     load_metadata,
     load_tensors,
     save_checkpoint,
+    save_sharded,
     save_tensors,
+    shard_key,
 )
 
 from .batches import IGNORE, Batch
@@ -425,12 +428,18 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 # %% ../chapters/13_train.ipynb #fba8e93c
 @torch.no_grad()
 def evaluate_loss(
-    model: Transformer, batches: Iterable[Batch], *, max_batches: int | None = None, dtype: str = "float32"
+    model: Transformer,
+    batches: Iterable[Batch],
+    *,
+    max_batches: int | None = None,
+    dtype: str = "float32",
+    engine: "Engine | None" = None,
 ) -> float:
     """The mean loss over all targets of `batches`, in nats per token.
 
     Args:
         batches: finite, as `loader.epoch_batches()`, or give `max_batches`.
+        engine: of several processes: each gives its share of the same batches, and all get the mean over all shares.
     """
     device, was_training = model.embed.weight.device, model.training
     model.eval()
@@ -438,11 +447,18 @@ def evaluate_loss(
     for number, batch in enumerate(batches):
         if max_batches is not None and number >= max_batches:
             break
-        if batch.n_targets:
+        if batch.n_targets or engine is not None:  # the others wait for our part, even if it has no target
+            divisor = max(1, batch.n_targets)
             with autocast(device, dtype):
-                total += batch_loss(model, batch.to(device)).item() * batch.n_targets
+                if engine is None:
+                    loss = batch_loss(model, batch.to(device), divisor)
+                else:
+                    loss = engine.loss(batch_loss, batch.to(device), divisor)
+            total += loss.item() * divisor
             count += batch.n_targets
     model.train(was_training)
+    if engine is not None:
+        total, count = engine.total(total), int(engine.total(float(count)))
     if not count:
         raise ValueError("no target in the batches: there is nothing to evaluate")
     return total / count
@@ -523,6 +539,8 @@ class Engine:
     rank = 0
     world_size = 1
     norm_limit = math.inf
+    compiles = True  # whether `model.hidden` may be compiled under it
+    sharded = False  # whether every process writes its own part of a checkpoint
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         for name, p in model.named_parameters():
@@ -544,6 +562,18 @@ class Engine:
         """The sum of a number over all processes."""
         return value
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A small picklable value of every process, by rank."""
+        return [value]
+
+    def loss(self, loss_fn: Callable[..., Tensor], batch: Any, n_targets: int) -> Tensor:
+        """`loss_fn(model, batch, n_targets)`, with the parameters there."""
+        return loss_fn(self.model, batch, n_targets)
+
+    def evaluation(self) -> contextlib.AbstractContextManager:
+        """Inside, the model can be called outside of a training step; all processes enter and leave together."""
+        return contextlib.nullcontext()
+
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add this loss's gradients."""
         loss.backward()
@@ -559,11 +589,18 @@ class Engine:
         return norm
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything to save, by parameter name: groups "model" and "optimizer"."""
+        """Everything to save, by parameter name, on process 0: groups "model" and "optimizer". All processes call it."""
         named = dict(self.model.named_parameters())
         state = self.optimizer.state
         kept = {f"{n}.{key}": state[p][key] for n, p in named.items() if p in state for key in state[p]}
         return {"model": {name: p.detach() for name, p in named.items()}, "optimizer": kept}
+
+    def shards(self) -> dict[str, dict[str, Tensor]]:
+        """This process's part of `tensors`, in runs of elements; keys by `checkpoint.shard_key`."""
+        return {
+            group: {shard_key(name, 0, tensor.shape): tensor.flatten() for name, tensor in named.items()}
+            for group, named in self.tensors().items()
+        }
 
     @torch.no_grad()
     def load_tensors(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -581,9 +618,8 @@ class Engine:
 
 
 # %% ../chapters/13_train.ipynb #54cfdc03
-@torch.no_grad()
-def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a model's parameters by name; both must have the same names and shapes.
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors must have the names and shapes of a model's parameters.
 
     Raises:
         CheckpointError: which names or shapes differ.
@@ -597,6 +633,14 @@ def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"{name}: the checkpoint has {tuple(tensors[name].shape)}, the model {tuple(p.shape)}"
             )
+
+
+# %% ../chapters/13_train.ipynb #b23241db
+@torch.no_grad()
+def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model's parameters by name, after `check_tensors`."""
+    check_tensors(model, tensors)
+    for name, p in model.named_parameters():
         p.copy_(tensors[name])
 
 
@@ -758,6 +802,11 @@ class Run:
             )
         self.model, self.loader, self.config = model, loader, config
         self.engine = Engine(model, config) if engine is None else engine
+        if getattr(loader, "world_size", self.engine.world_size) != self.engine.world_size:
+            raise ValueError(
+                f"the loader cuts batches for {getattr(loader, 'world_size', 1)} processes, the engine has "
+                f"{self.engine.world_size}: give Loader the engine's rank and world_size"
+            )
         self.device = model.embed.weight.device
         self.folder, self.checkpoints = run_dir, None if run_dir is None else run_dir / "checkpoints"
         self.metrics = MetricsFile(None if run_dir is None or self.engine.rank else run_dir / "metrics.jsonl")
@@ -765,7 +814,7 @@ class Run:
         self.skipped, self.skips_in_a_row = 0, 0
         self.recent: dict[str, list[float]] = {"loss_nats": [], "grad_norm": []}
         self.interval = {"loss": 0.0, "targets": 0, "seconds": 0.0}
-        self.compiled = should_compile(model, config)
+        self.compiled = self.engine.compiles and should_compile(model, config)
         self.flops = float(flops_per_token(model.config, config.seq_len, backward=True))
         self.peak = peak_flops(config.dtype, str(self.device)) * self.engine.world_size
 
@@ -839,11 +888,17 @@ def save_run(run: Run) -> Path | None:
     if run.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(run.device)
     counters = {name: getattr(run, name) for name in COUNTERS}
-    tensors = {**run.engine.tensors(), "random": random}  # all processes: an engine may have to collect
+    state = {**run.settings(), "loader": run.loader.state_dict(), **counters}
     if run.engine.rank == 0:
         run.metrics.sync()
-        state = {**run.settings(), "loader": run.loader.state_dict(), **counters}
-        save_checkpoint(run.checkpoints, run.step, tensors=tensors, state=state, keep=run.config.keep)
+    if run.engine.sharded:
+        shards = {**run.engine.shards(), "random": random} if run.engine.rank == 0 else run.engine.shards()
+        everyone = {"rank": run.engine.rank, "everyone": run.engine.gather_objects}
+        save_sharded(run.checkpoints, run.step, shards=shards, state=state, keep=run.config.keep, **everyone)
+    else:
+        tensors = {**run.engine.tensors(), "random": random}  # all processes: an engine may have to collect
+        if run.engine.rank == 0:
+            save_checkpoint(run.checkpoints, run.step, tensors=tensors, state=state, keep=run.config.keep)
     run.saved_at = run.step
     return path
 
@@ -886,7 +941,7 @@ def resume_run(run: Run) -> None:
     chosen = run.compiled
     for name in COUNTERS:
         setattr(run, name, state.get(name, getattr(run, name)))  # a checkpoint of an older version has fewer
-    if run.config.compile != "auto":
+    if run.config.compile != "auto" or not run.engine.compiles:
         run.compiled = chosen
     run.saved_at = run.step
     run.metrics.truncate(run.step)
@@ -1003,7 +1058,7 @@ def train_step(run: Run, loss_fn: Callable[..., Tensor] = batch_loss) -> dict[st
         config.accumulation
     ):  # all of them: a process that skips one would leave the others waiting
         with autocast(run.device, config.dtype):
-            part_loss = loss_fn(run.model, part.to(run.device), n_targets)
+            part_loss = run.engine.loss(loss_fn, part.to(run.device), n_targets)
         run.engine.backward(part_loss)
         loss += part_loss.detach()
     loss_nats = run.engine.total(loss.item())
@@ -1040,7 +1095,10 @@ def evaluate_and_log(
     """Write a line of metrics, with the numbers of `eval_fn` if one is given; training does not notice."""
     line = run.line(info)
     if eval_fn is not None:
-        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        with (
+            run.engine.evaluation(),
+            torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []),
+        ):
             line |= eval_fn(run.model)
         run.model.train()
     run.metrics.write(line)

@@ -1020,9 +1020,23 @@ def test_another_engine_can_take_over(data):
             log.append(lr)
             return super().step(lr)
 
+    class Everything:
+        """The whole batch for each process, as if it were its share."""
+
+        batch_size, seq_len = CONFIG.batch_size, CONFIG.seq_len
+
+        def __init__(self, loader):
+            self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
+            self.loader = loader
+
+        def __next__(self):
+            return next(self.loader)
+
     config = replace(CONFIG, steps=3, accumulation=2)
     model, loader = make(data)
-    doubled = quiet(model, loader, config, engine=Doubled(model, config))
+    with pytest.raises(ValueError, match="cuts batches for 1 processes, the engine has 2"):
+        quiet(model, loader, config, engine=Doubled(model, config))
+    doubled = quiet(model, Everything(loader), config, engine=Doubled(model, config))
     plain_model, loader = make(data)
     plain = quiet(plain_model, loader, config)
     assert log == [
