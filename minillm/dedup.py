@@ -4,12 +4,13 @@
 __all__ = [
     "log",
     "NOTHING",
-    "EMPTY",
     "HAN",
     "WORD",
+    "EMPTY",
     "BATCH_CHARS",
     "SENTENCE_END",
-    "POWERS",
+    "GRAM_FACTOR",
+    "GRAM_INVERSE",
     "CorpusStep",
     "fold_map",
     "fold_text",
@@ -18,31 +19,31 @@ __all__ = [
     "code_points",
     "mix",
     "window_hashes",
-    "UnionFind",
+    "kind_table",
+    "word_hashes",
     "permutations",
     "minhash",
     "one_permutation",
     "densify",
+    "agreement",
     "s_curve",
     "choose_bands",
     "band_keys",
     "sorted_set",
     "candidate_pairs",
-    "agreement",
-    "kind_table",
-    "word_hashes",
+    "UnionFind",
+    "first_copies",
     "batches_by_size",
     "NearDuplicates",
-    "first_copies",
     "exact_similarity",
     "find_near_duplicates",
     "sentences_of",
     "RepeatedSentences",
     "word_spans",
     "gram_hashes",
-    "Decontaminate",
     "benchmark_grams",
     "pieces_between",
+    "Decontaminate",
 ]
 
 # %% ../chapters/03_dedup.ipynb #58df1d51
@@ -220,32 +221,36 @@ def window_hashes(
     return hashes, lengths
 
 
-# %% ../chapters/03_dedup.ipynb #b437f0e5
-class UnionFind:
-    """Which of `n` things hang together; each group is known by its smallest member. Chapter 03.
+# %% ../chapters/03_dedup.ipynb #bbd25ea5
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+WORD = re.compile(f"[{HAN}]|[^\\W_{HAN}]+")  # a Han character, or a run of letters and digits
 
-    Source: R. Tarjan, Efficiency of a Good But Not Linear Set Union Algorithm, 1975 (with path halving).
-    """
 
-    def __init__(self, n: int):
-        self.parent = list(range(n))
+@lru_cache(maxsize=1)
+def kind_table() -> np.ndarray:
+    """For each code point: 0 stands between words, 1 is part of a word, 2 is a word by itself. The same as `WORD`."""
+    table = np.fromiter((chr(code).isalnum() for code in range(0x110000)), np.uint8, 0x110000)
+    for first, last in re.findall("(.)-(.)", HAN):
+        table[ord(first) : ord(last) + 1] = 2
+    return table
 
-    def find(self, x: int) -> int:
-        """The smallest member of x's group."""
-        parent = self.parent
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        return x
 
-    def union(self, x: int, y: int) -> None:
-        """Join two groups."""
-        x, y = self.find(x), self.find(y)
-        self.parent[max(x, y)] = min(x, y)
-
-    def firsts(self) -> list[int]:
-        """For each thing the smallest member of its group."""
-        return [self.find(x) for x in range(len(self.parent))]
+# %% ../chapters/03_dedup.ipynb #23b630e8
+def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """A 32-bit hash of each word of the folded texts, text behind text; and the number of words of each text."""
+    codes, lengths = code_points(texts)
+    kind, number = kind_table()[codes], np.arange(len(codes))
+    before = np.concatenate([[0], kind[:-1]])[: len(codes)]
+    begins_text = np.cumsum(lengths)[:-1]
+    before[begins_text[begins_text < len(codes)]] = 0
+    begins = (kind == 2) | ((kind == 1) & (before != 1))
+    counts = np.diff(np.concatenate([[0], np.cumsum(begins)])[np.concatenate([[0], np.cumsum(lengths)])])
+    if not begins.any():
+        return np.empty(0, np.uint32), counts
+    place = number - np.maximum.accumulate(np.where(begins, number, 0))
+    powers = np.multiply.accumulate(np.full(place.max() + 1, 0x9E3779B1, np.uint32))
+    codes = np.where(kind, (codes + np.uint32(1)) * powers[place], np.uint32(0))
+    return mix(np.add.reduceat(codes, np.flatnonzero(begins), dtype=np.uint32)), counts
 
 
 # %% ../chapters/03_dedup.ipynb #9c42312b
@@ -319,6 +324,25 @@ def densify(sketches: np.ndarray) -> np.ndarray:
     return sketches.ravel().take(source + np.arange(0, sketches.size, n_bins)[:, None])
 
 
+# %% ../chapters/03_dedup.ipynb #c774eea6
+def agreement(sketches: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The estimated Jaccard similarity of pairs of documents: of the bins that either fills, the share that is equal.
+
+    Args:
+        sketches: what `one_permutation` gives, empty bins left empty.
+        pairs: int64 (pairs, 2).
+
+    Source: P. Li, A. Owen, C.-H. Zhang, One Permutation Hashing, 2012, arXiv:1208.1259, section 3.
+    """
+    shares = np.zeros(len(pairs))
+    for start in range(0, len(pairs), 4096):
+        left, right = (sketches[pairs[start : start + 4096, side]] for side in (0, 1))
+        either = ((left & right) != EMPTY).sum(axis=1)
+        equal = ((left == right) & (left != EMPTY)).sum(axis=1)
+        shares[start : start + 4096] = equal / np.maximum(either, 1)
+    return shares
+
+
 # %% ../chapters/03_dedup.ipynb #1d3c7dc3
 def s_curve(similarity: Any, bands: int, rows: int) -> Any:
     """The chance that two documents of a similarity agree in at least one band: 1 - (1 - s^rows)^bands."""
@@ -326,7 +350,7 @@ def s_curve(similarity: Any, bands: int, rows: int) -> Any:
 
 
 # %% ../chapters/03_dedup.ipynb #8086751f
-def choose_bands(threshold: float, n_hashes: int, recall: float = 0.99) -> tuple[int, int]:
+def choose_bands(threshold: float, n_hashes: int, recall: float = 0.999) -> tuple[int, int]:
     """The most selective bands that still find a pair at the threshold with probability `recall`.
 
     Returns:
@@ -396,55 +420,41 @@ def candidate_pairs(keys: np.ndarray) -> np.ndarray:
     return np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
 
 
-# %% ../chapters/03_dedup.ipynb #c774eea6
-def agreement(sketches: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """The estimated Jaccard similarity of pairs of documents: of the bins that either fills, the share that is equal.
+# %% ../chapters/03_dedup.ipynb #b437f0e5
+class UnionFind:
+    """Which of `n` things hang together; each group is known by its smallest member. Chapter 03.
 
-    Args:
-        sketches: what `one_permutation` gives, empty bins left empty.
-        pairs: int64 (pairs, 2).
-
-    Source: P. Li, A. Owen, C.-H. Zhang, One Permutation Hashing, 2012, arXiv:1208.1259, section 3.
+    Source: R. Tarjan, Efficiency of a Good But Not Linear Set Union Algorithm, 1975 (with path halving).
     """
-    shares = np.zeros(len(pairs))
-    for start in range(0, len(pairs), 4096):
-        left, right = (sketches[pairs[start : start + 4096, side]] for side in (0, 1))
-        either = ((left & right) != EMPTY).sum(axis=1)
-        equal = ((left == right) & (left != EMPTY)).sum(axis=1)
-        shares[start : start + 4096] = equal / np.maximum(either, 1)
-    return shares
+
+    def __init__(self, n: int):
+        self.parent = list(range(n))
+
+    def find(self, x: int) -> int:
+        """The smallest member of x's group."""
+        parent = self.parent
+        while parent[x] != x:
+            parent[x] = parent[parent[x]]
+            x = parent[x]
+        return x
+
+    def union(self, x: int, y: int) -> None:
+        """Join two groups."""
+        x, y = self.find(x), self.find(y)
+        self.parent[max(x, y)] = min(x, y)
+
+    def firsts(self) -> list[int]:
+        """For each thing the smallest member of its group."""
+        return [self.find(x) for x in range(len(self.parent))]
 
 
-# %% ../chapters/03_dedup.ipynb #bbd25ea5
-HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-WORD = re.compile(f"[{HAN}]|[^\\W_{HAN}]+")  # a Han character, or a run of letters and digits
-
-
-@lru_cache(maxsize=1)
-def kind_table() -> np.ndarray:
-    """For each code point: 0 stands between words, 1 is part of a word, 2 is a word by itself. The same as `WORD`."""
-    table = np.fromiter((chr(code).isalnum() for code in range(0x110000)), np.uint8, 0x110000)
-    for first, last in re.findall("(.)-(.)", HAN):
-        table[ord(first) : ord(last) + 1] = 2
-    return table
-
-
-# %% ../chapters/03_dedup.ipynb #23b630e8
-def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """A 32-bit hash of each word of the folded texts, text behind text; and the number of words of each text."""
-    codes, lengths = code_points(texts)
-    kind, number = kind_table()[codes], np.arange(len(codes))
-    before = np.concatenate([[0], kind[:-1]])[: len(codes)]
-    begins_text = np.cumsum(lengths)[:-1]
-    before[begins_text[begins_text < len(codes)]] = 0
-    begins = (kind == 2) | ((kind == 1) & (before != 1))
-    counts = np.diff(np.concatenate([[0], np.cumsum(begins)])[np.concatenate([[0], np.cumsum(lengths)])])
-    if not begins.any():
-        return np.empty(0, np.uint32), counts
-    place = number - np.maximum.accumulate(np.where(begins, number, 0))
-    powers = np.multiply.accumulate(np.full(place.max() + 1, 0x9E3779B1, np.uint32))
-    codes = np.where(kind, (codes + np.uint32(1)) * powers[place], np.uint32(0))
-    return mix(np.add.reduceat(codes, np.flatnonzero(begins), dtype=np.uint32)), counts
+# %% ../chapters/03_dedup.ipynb #9091e1a9
+def first_copies(n: int, pairs: np.ndarray) -> list[int | None]:
+    """For each of `n` documents None, or the first document of its connected component if that is another one."""
+    groups = UnionFind(n)
+    for left, right in pairs.tolist():
+        groups.union(left, right)
+    return [None if first == number else first for number, first in enumerate(groups.firsts())]
 
 
 # %% ../chapters/03_dedup.ipynb #32faf0ff
@@ -481,7 +491,7 @@ class NearDuplicates:
     n_hashes: int = 256
     shingle: int = 5
     unit: str = "char"
-    recall: float = 0.99
+    recall: float = 0.999
     seed: int = 0
     name: str = "near_duplicates"
 
@@ -537,15 +547,6 @@ class NearDuplicates:
         return Drop("near_duplicate", f"in one group with document {decision}, threshold {self.threshold}")
 
 
-# %% ../chapters/03_dedup.ipynb #9091e1a9
-def first_copies(n: int, pairs: np.ndarray) -> list[int | None]:
-    """For each of `n` documents None, or the first document of its connected component if that is another one."""
-    groups = UnionFind(n)
-    for left, right in pairs.tolist():
-        groups.union(left, right)
-    return [None if first == number else first for number, first in enumerate(groups.firsts())]
-
-
 # %% ../chapters/03_dedup.ipynb #463402e4
 def exact_similarity(step: NearDuplicates, texts: Sequence[str], pairs: np.ndarray) -> np.ndarray:
     """The Jaccard similarity of pairs of texts, from all their shingles."""
@@ -553,7 +554,7 @@ def exact_similarity(step: NearDuplicates, texts: Sequence[str], pairs: np.ndarr
     for first, end in batches_by_size(len(texts[a]) + len(texts[b]) for a, b in pairs.tolist()):
         numbers = sorted_set(pairs[first:end].ravel())
         sides = np.searchsorted(numbers, pairs[first:end])
-        hashes, lengths = step.shingle_hashes([texts[number] for number in numbers.tolist()])
+        hashes, lengths = step.shingle_hashes([texts[int(number)] for number in numbers])
         owners = np.repeat(np.arange(len(numbers)), lengths)[hashes != NOTHING]
         members = sorted_set(owners << 32 | hashes[hashes != NOTHING])  # the sets, one behind the other
         starts = np.searchsorted(members, np.arange(len(numbers) + 1) << 32)
@@ -658,22 +659,56 @@ def word_spans(text: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 # %% ../chapters/03_dedup.ipynb #7a78d1a1
-POWERS = np.multiply.accumulate(np.full(1 << 12, 0x9E3779B97F4A7C15, np.uint64))
+GRAM_FACTOR = 0x9E3779B97F4A7C15
+GRAM_INVERSE = pow(GRAM_FACTOR, -1, 1 << 64)
 
 
-def gram_hashes(words: Sequence[str], n: int) -> np.ndarray:
-    """A 64-bit hash of every run of `n` words: uint64, len(words) - n + 1 of them, or none."""
-    if len(words) < n:
-        return np.empty(0, np.uint64)
-    values = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words]
-    units = np.array(values, np.uint64)
-    hashes = np.zeros(len(words) - n + 1, np.uint64)
-    for i in range(n):
-        hashes += units[i : len(units) - n + 1 + i] * POWERS[i]
-    return hashes
+def gram_hashes(words: Sequence[str], lengths: Iterable[int]) -> dict[int, np.ndarray]:
+    """A 64-bit hash of every run of so many words, for each of the lengths: uint64, one for each place where a run begins.
+
+    One running sum of word i times factorⁱ serves all lengths: a run is a difference of two sums, divided by the power
+    at which it begins.
+    """
+    units = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
+    rising, falling = (
+        np.multiply.accumulate(np.full(len(words), factor, np.uint64))
+        for factor in (GRAM_FACTOR, GRAM_INVERSE)
+    )
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(units * rising, dtype=np.uint64)])
+    return {
+        n: (sums[n:] - sums[: len(sums) - n]) * falling[: len(words) - n + 1]
+        for n in lengths
+        if n <= len(words)
+    }
 
 
-# %% ../chapters/03_dedup.ipynb #b58d69d5
+# %% ../chapters/03_dedup.ipynb #6525579f
+def benchmark_grams(texts: Iterable[str], n: int, n_zh: int, min_n: int) -> tuple[dict[int, np.ndarray], int]:
+    """The runs of words of a benchmark's items: sorted hashes by length of the run; and how many items were too short."""
+    found: dict[int, list[np.ndarray]] = {}
+    too_short = 0
+    for text in texts:
+        words, _ = word_spans(unicodedata.normalize("NFC", text))
+        chinese = sum(len(word) == 1 and word >= "\u3400" for word in words) > len(words) / 2
+        length = min(n_zh if chinese else n, len(words))
+        if length < min_n:
+            too_short += 1
+        else:
+            found.setdefault(length, []).append(gram_hashes(words, [length])[length])
+    return {length: sorted_set(np.concatenate(hashes)) for length, hashes in sorted(found.items())}, too_short
+
+
+# %% ../chapters/03_dedup.ipynb #94a7152c
+def pieces_between(text: str, cuts: Iterable[tuple[int, int]], min_chars: int) -> list[str]:
+    """What is left of a text when ranges of it are cut out, in pieces of at least `min_chars` characters."""
+    pieces, start = [], 0
+    for a, b in [*sorted(cuts), (len(text), len(text))]:
+        pieces.append(text[start : max(a, start)].strip())
+        start = max(start, b)
+    return [piece for piece in pieces if len(piece) >= max(1, min_chars)]
+
+
+# %% ../chapters/03_dedup.ipynb #86adc6fa
 class Decontaminate:
     """Find training documents that share a run of words with a benchmark, and drop them or cut the run out. Chapter 03.
 
@@ -696,7 +731,7 @@ class Decontaminate:
         items: Iterable[str | Document],
         *,
         n: int = 13,
-        n_zh: int = 13,
+        n_zh: int = 20,
         min_n: int = 8,
         on_hit: str = "drop",
         window: int = 200,
@@ -719,20 +754,19 @@ class Decontaminate:
         """The same from benchmark files, in any form that `read_documents` reads: a text file's documents are its items."""
         return cls(read_documents(sources, on_error="raise"), **options)
 
-    def hits(self, words: Sequence[str]) -> list[tuple[int, int]]:
-        """(first word, behind the last) of each run that the benchmark has too."""
-        found = []
-        for length, known in self.grams.items():
-            hashes = gram_hashes(words, length)
+    def hits(self, words: Sequence[str]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each length of run: the length, at which words a run of the benchmark begins, and which run it is."""
+        for length, hashes in gram_hashes(words, self.grams).items():
+            known = self.grams[length]
             at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-            found += [(first, first + length) for first in np.flatnonzero(known[at] == hashes).tolist()]
-        return found
+            places = np.flatnonzero(known[at] == hashes)
+            yield length, places, at[places]
 
     def __call__(self, document: Document) -> Document | Drop:
         """The document, what is left of it, or a `Drop` that shows the run of words."""
         text = unicodedata.normalize("NFC", document.text)
         words, spans = word_spans(text)
-        hits = self.hits(words)
+        hits = [(first, first + n) for n, places, _ in self.hits(words) for first in places.tolist()]
         if not hits:
             return document
         first, end = min(hits)
@@ -752,35 +786,9 @@ class Decontaminate:
         for document in documents:
             text = document if isinstance(document, str) else document.text
             words, _ = word_spans(unicodedata.normalize("NFC", text))
-            for length, known in self.grams.items():
-                counts[length] += np.isin(known, gram_hashes(words, length))
+            for length, _, which in self.hits(words):
+                counts[length][sorted_set(which)] += 1
         other = copy.copy(self)
         other.grams = {length: known[counts[length] <= max_documents] for length, known in self.grams.items()}
         other.grams = {length: known for length, known in other.grams.items() if len(known)}
         return other
-
-
-# %% ../chapters/03_dedup.ipynb #6525579f
-def benchmark_grams(texts: Iterable[str], n: int, n_zh: int, min_n: int) -> tuple[dict[int, np.ndarray], int]:
-    """The runs of words of a benchmark's items: sorted hashes by length of the run; and how many items were too short."""
-    found: dict[int, list[np.ndarray]] = {}
-    too_short = 0
-    for text in texts:
-        words, _ = word_spans(unicodedata.normalize("NFC", text))
-        chinese = sum(len(word) == 1 and word >= "\u3400" for word in words) > len(words) / 2
-        length = min(n_zh if chinese else n, len(words))
-        if length < min_n:
-            too_short += 1
-        else:
-            found.setdefault(length, []).append(gram_hashes(words, length))
-    return {length: sorted_set(np.concatenate(hashes)) for length, hashes in sorted(found.items())}, too_short
-
-
-# %% ../chapters/03_dedup.ipynb #94a7152c
-def pieces_between(text: str, cuts: Iterable[tuple[int, int]], min_chars: int) -> list[str]:
-    """What is left of a text when ranges of it are cut out, in pieces of at least `min_chars` characters."""
-    pieces, start = [], 0
-    for a, b in [*sorted(cuts), (len(text), len(text))]:
-        pieces.append(text[start : max(a, start)].strip())
-        start = max(start, b)
-    return [piece for piece in pieces if len(piece) >= max(1, min_chars)]
