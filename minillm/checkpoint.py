@@ -177,7 +177,6 @@ def sha256_file(path: str | Path, *, from_disk: bool = False) -> str:
     """The SHA-256 of a file, as 64 hex digits; on request of what is on the disk, not of the copy in memory (Linux)."""
     with open(path, "rb") as file:
         if from_disk and hasattr(os, "posix_fadvise"):
-            os.fsync(file.fileno())  # only pages that are on disk can be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -268,13 +267,16 @@ def save_checkpoint(
     with atomic_folder(path) as partial:
         for group, named in tensors.items():
             save_tensors(partial / f"{group}.safetensors", named)
-        with atomic_write(partial / "state.json") as file:
-            json.dump(state, file, indent=1)
-        sums = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
-        with atomic_write(partial / MANIFEST) as file:
-            json.dump({"step": step, "sha256": sums}, file, indent=1)
+        _seal(partial, step, state, {file.name: sha256_file(file) for file in sorted(partial.iterdir())})
     _settle(path, keep)
     return path
+
+
+def _seal(partial: Path, step: int, state: Mapping[str, Any], sums: Mapping[str, str]) -> None:
+    """Write state and manifest beside the tensors of a checkpoint; `atomic_folder` brings all of them to the disk."""
+    (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    sums = {**sums, "state.json": sha256_file(partial / "state.json")}
+    (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1), encoding="utf-8")
 
 
 def _settle(path: Path, keep: int) -> None:
@@ -364,12 +366,8 @@ def save_sharded(
             if isinstance(report, Exception):
                 raise CheckpointError(f"{path}: process {number} could not write its part ({report})")
         if rank == 0:
-            with atomic_write(partial / "state.json") as file:
-                json.dump(state, file, indent=1)
             sums = {name: digest for report in reports for name, digest in report.items()}
-            sums["state.json"] = sha256_file(partial / "state.json")
-            with atomic_write(partial / MANIFEST) as file:
-                json.dump({"step": step, "sha256": sums}, file, indent=1)
+            _seal(partial, step, state, sums)
     outcome: Any = None
     if rank == 0:
         try:

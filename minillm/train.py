@@ -63,6 +63,7 @@ import os
 import shutil
 import signal
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -961,7 +962,7 @@ def check_disk(run: Run) -> None:
         p.numel() * p.element_size() for p in run.model.parameters()
     )  # weights and AdamW's two means
     number = run.config.keep + 1
-    more = number * one - (folder_bytes(run.checkpoints) if run.checkpoints.exists() else 0)
+    more = number * one - folder_bytes(run.checkpoints)
     need_disk(run.checkpoints, more, f"{number} checkpoints of {one / 1e9:.2f} GB")
 
 
@@ -973,9 +974,11 @@ def hold_folder(run: Run) -> Iterator[None]:
         yield
         return
     with run_lock(run.folder):
+        run.checkpoints.mkdir(exist_ok=True)
         for folder in (run.folder, run.checkpoints):
             clean_leftovers(folder)
-        check_disk(run)
+        with tempfile.TemporaryFile(dir=run.checkpoints):
+            check_disk(run)  # it can be written, and there is room
         yield
 
 

@@ -14,6 +14,14 @@ _hook.__enter__()
 import torch  # noqa: E402
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("faults", "the fault suite, tests/faults")
+    group.addoption("--faults-rounds", type=int, default=10, help="how often each random fault is tried")
+    group.addoption(
+        "--faults-table", default="", help="write what was tried, and the outcome, to this JSON file"
+    )
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")

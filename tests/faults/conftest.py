@@ -1,0 +1,87 @@
+"""The table of what was tried, small disks, and the run that nobody disturbs."""
+
+import json
+import shutil
+import subprocess
+import time
+
+import pytest
+
+pytest.register_assert_rewrite("harness")
+from harness import Zygote, contents  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    zygote = Zygote(tmp_path_factory.mktemp("logs"))
+    yield zygote
+    zygote.process.stdin.close()
+    zygote.process.wait()
+
+
+@pytest.fixture(scope="session")
+def data(zygote, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "tokens"
+    assert zygote.do("write_data", folder=folder)[0] == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rounds(request):
+    return request.config.getoption("--faults-rounds")
+
+
+@pytest.fixture(scope="session")
+def whole(zygote, data, tmp_path_factory):
+    """What a run in peace leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, output = zygote.do("run", run_dir=folder, data=data)
+    assert code == 0, output
+    return contents(folder)
+
+
+# ---------------------------------------------------------------- disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that mounts a small disk on a folder; it needs root and Linux, and the test is skipped without."""
+    mounted = []
+
+    def mount(folder, kilobytes):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root on Linux")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.fixture(scope="session")
+def table(request):
+    """`table(fault, tried, outcome)`: called by a test once its claims hold. Written with `--faults-table FILE`."""
+    rows, start = [], time.monotonic()
+    yield lambda fault, tried, outcome: rows.append({"fault": fault, "tried": tried, "outcome": outcome})
+    path = request.config.getoption("--faults-table")
+    if path:
+        from minillm.checkpoint import atomic_write
+        from minillm.runtime import describe_machine
+
+        rounds = request.config.getoption("--faults-rounds")
+        result = {
+            "command": f"python -m pytest tests/faults --faults-rounds {rounds} --faults-table {path}",
+            "machine": describe_machine(),
+            "rounds": rounds,
+            "seconds": round(time.monotonic() - start, 1),
+            "faults": rows,
+        }
+        with atomic_write(path) as file:
+            json.dump(result, file, indent=1, ensure_ascii=False)
+            file.write("\n")
