@@ -8,7 +8,6 @@ __all__ = [
     "WORD",
     "EMPTY",
     "BATCH_CHARS",
-    "SENTENCE_END",
     "GRAM_FACTOR",
     "GRAM_INVERSE",
     "CorpusStep",
@@ -37,7 +36,6 @@ __all__ = [
     "NearDuplicates",
     "exact_similarity",
     "find_near_duplicates",
-    "sentences_of",
     "RepeatedSentences",
     "word_spans",
     "gram_hashes",
@@ -62,7 +60,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .corpus import Document, read_documents
-from .quality import Drop
+from .quality import Drop, sentences_of
 
 log = logging.getLogger(__name__)
 
@@ -584,16 +582,6 @@ def find_near_duplicates(texts: Sequence[str], step: NearDuplicates = NearDuplic
     unsure = np.abs(similarity - step.threshold) < deviation
     similarity[unsure] = exact_similarity(step, texts, pairs[unsure])
     return first_copies(len(texts), pairs[similarity >= step.threshold])
-
-
-# %% ../chapters/03_dedup.ipynb #9bd03026
-SENTENCE_END = re.compile(r"(?:[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？…]+[”’」』）\"]*|\n)\s*")
-
-
-def sentences_of(text: str) -> list[str]:
-    """The sentences of an English or Chinese text, with what follows them; joined they are the text."""
-    ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)]) if a < b]
 
 
 # %% ../chapters/03_dedup.ipynb #df1fc895

@@ -1,0 +1,134 @@
+"""Speed of each cleaning step, extraction on hard pages, growth on hostile text, into data/results/quality.json.
+
+    python -m benchmarks.quality
+
+One thread. Speeds are documents per CPU second, three runs in turns, every sample kept.
+"""
+
+import json
+import logging
+import statistics
+import sys
+import time
+from collections import defaultdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+from minillm import quality
+from minillm.checkpoint import atomic_write
+from minillm.corpus import CorpusConfig, Document, generate
+from minillm.runtime import describe_machine
+
+RESULTS = Path(__file__).parents[1] / "data" / "results" / "quality.json"
+ROUNDS, PAGES, DOCUMENTS = 3, 400, 3000
+PIECES = (
+    "a", "<", "<a ", '<a "', '<a ">"', "<!--", "<script>", "<div>", "</div>", "<div><p>x", "&amp;", "a@", "a@a.", "1", "1 ",
+    "1-", "1.", "1:", "(123)", "Ã©", "汉", "鏈", "\n", "! ", "a b ", "a\n", "\ufffd", " ",
+)  # fmt: skip
+
+
+def steps() -> dict[str, quality.Step]:
+    return {
+        "well_formed": quality.WellFormed(),
+        "extract_text": quality.ExtractText(),
+        "extract_text (trafilatura)": quality.ExtractText(engine="trafilatura"),
+        "extract_text (justext)": quality.ExtractText(engine="justext"),
+        "repair_encoding": quality.RepairEncoding(),
+        "language": quality.Language(),
+        "language (py3langid)": quality.Language(engine="py3langid"),
+        "length": quality.Length(),
+        "heuristics": quality.Heuristics(),
+        "machine_text": quality.MachineText(),
+        "toxicity": quality.Toxicity(),
+        "toxicity (profanity-check)": quality.Toxicity(scorer=quality.profanity_score),
+        "redact_pii": quality.RedactPII(),
+        "redact_pii (presidio)": quality.RedactPII(find=quality.PresidioFinder()),
+    }
+
+
+def speed() -> list[dict]:
+    corpus = list(generate(CorpusConfig(seed=31, defects=0.3), n_documents=DOCUMENTS))
+    pages = [document for document in corpus if document.meta.get("defect") == "html"]
+    samples: dict[str, list[float]] = defaultdict(list)
+    for round_ in range(ROUNDS + 1):  # the first loads models and is not counted
+        for name, step in steps().items():
+            documents = pages if name.startswith("extract") else corpus
+            documents = documents[:200] if "(" in name else documents
+            start = time.process_time()
+            for document in documents:
+                step(document)
+            if round_:
+                samples[name].append(round(len(documents) / (time.process_time() - start), 1))
+    return [{"step": name, "documents_per_s": values} for name, values in samples.items()]
+
+
+def extraction() -> dict[str, dict[str, float]]:
+    pages = [quality.write_page(("benchmark", number)) for number in range(PAGES)]
+    texts = [quality.decode_page(page.data, page.declared)[0] for page in pages]
+    engines = {
+        **quality.EXTRACTORS,
+        "density without hints": lambda page: quality.extract_density(page, hints=False),
+        "everything": lambda page: "\n".join(b.text for b in quality.PageParser(False).parse(page).blocks),
+    }
+    scores: dict[str, dict[str, float]] = {}
+    for name, extract in engines.items():
+        by: dict[str, list[float]] = defaultdict(list)
+        for page, text in zip(pages, texts, strict=True):
+            f1 = quality.token_f1(extract(text), page.text)
+            for trap in ("all", *page.traps):
+                by[trap].append(f1)
+        scores[name] = {trap: round(statistics.mean(values), 3) for trap, values in sorted(by.items())}
+    return scores
+
+
+def seconds(work, text: str) -> float:
+    start = time.process_time()
+    work(text)
+    return time.process_time() - start
+
+
+def growth() -> list[dict]:
+    rows = []
+    for name, step in steps().items():
+        if "(" in name:
+            continue
+        for piece in PIECES:
+            short, long = (Document(piece * (size // len(piece))) for size in (20_000, 200_000))
+            times = [min(seconds(step, document) for _ in range(2)) for document in (short, long)]
+            ratio = times[1] / max(times[0], 0.003)
+            rows.append(
+                {"step": name, "piece": piece, "long_s": round(times[1], 4), "ratio": round(ratio, 1)}
+            )
+    return rows
+
+
+def html_parser() -> dict:
+    def parse(page: str) -> None:
+        parser = HTMLParser()
+        parser.feed(page)
+        parser.close()
+
+    short, long = (min(seconds(parse, "<a " * n) for _ in range(2)) for n in (1000, 4000))
+    return {"piece": "<a ", "long_s": round(long, 3), "ratio": round(long / short, 1)}
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)  # justext and trafilatura speak of every broken page
+    result = {
+        "command": "python -m benchmarks.quality",
+        "machine": describe_machine(),
+        "documents": DOCUMENTS,
+        "extraction_pages": PAGES,
+        "extraction": extraction(),
+        "growth": growth(),
+        "html_parser": html_parser(),
+        "speed": speed(),
+    }
+    with atomic_write(RESULTS) as file:
+        json.dump(result, file, indent=1, ensure_ascii=False)
+    for row in result["speed"]:
+        print(f"{row['step']:28} {statistics.median(row['documents_per_s']):10,.0f} documents/s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
