@@ -281,6 +281,7 @@ class Attention(nn.Module):
         qkv_bias: whether wq, wk and wv have biases (ChatGLM).
         out_bias: whether wo has one.
         position: rotates queries and keys, or brings ALiBi's slopes; None for no positions.
+        attend: computes the answers; chapter 09 brings one that picks among kernels.
 
     Raises:
         ValueError: the heads do not divide.
@@ -296,6 +297,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         position: Position | None = None,
+        attend: Callable[..., Tensor] = attend,
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -309,7 +311,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(dim, n_kv_heads * self.head_dim, bias=qkv_bias)
         self.wv = nn.Linear(dim, n_kv_heads * self.head_dim, bias=qkv_bias)
         self.wo = nn.Linear(n_heads * self.head_dim, dim, bias=out_bias)
-        self.position = position
+        self.position, self.attend = position, attend
 
     def forward(
         self,
@@ -343,5 +345,5 @@ class Attention(nn.Module):
             slopes = self.position.slopes
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = attend(q, k, v, Mask() if mask is None else mask, slopes=slopes)
+        out = self.attend(q, k, v, Mask() if mask is None else mask, slopes=slopes)
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))

@@ -30,6 +30,7 @@ HELP = f"""minillm {__version__}: build a language model piece by piece, then tr
   minillm generate PROMPT      continue a prompt, or talk, with a trained model
   minillm tokenizer COMMAND    train a vocabulary; encode and decode text with it
   minillm info NAME            parameters, memory and FLOPs of a recipe or a run
+  minillm info --attention     which attention kernel is taken, and why
 
 `minillm COMMAND --help` shows every setting with its default."""
 
@@ -312,7 +313,72 @@ class InfoArgs:
     """Rows, for the cache and the activations."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionArgs:
+    """Which attention backend a model would take here, for each kind of mask, and why (chapter 09)."""
+
+    attention: bool = True
+    """What this page is about."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps; need not be on this machine."""
+    seq_len: int = 2048
+    """Tokens T, as many keys."""
+    batch_size: int = 8
+    """Rows B."""
+    n_heads: int = 32
+    """Query heads H."""
+    head_dim: int = 128
+    """Head width Dh."""
+
+
+def _info_attention(argv: Sequence[str]) -> int:
+    args = _parse(AttentionArgs, prog="minillm info", args=list(argv))
+    import torch
+
+    from minillm.attention import Mask
+    from minillm.flash import INSTALLED, choose_backend
+    from minillm.runtime import pick_device
+
+    kind = pick_device("auto").type if args.device == "auto" else args.device
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {args.device!r}")
+    B, T = args.batch_size, args.seq_len
+    if min(B, T, args.n_heads, args.head_dim) < 1:
+        raise ValueError("seq_len, batch_size, n_heads and head_dim must be at least 1")
+    ids, real = torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.bool)
+    cases: dict[str, tuple[Mask, int, bool, bool]] = {  # mask, queries, ALiBi, gradients
+        "causal": (Mask(), T, False, True),
+        "prefix": (Mask(prefix=torch.ones(B, dtype=torch.long)), T, False, True),
+        "documents": (Mask(documents=ids), T, False, True),
+        "padding": (Mask(keys=real), T, False, True),
+        "ALiBi, training": (Mask(), T, True, True),
+        "ALiBi, reading": (Mask(), T, True, False),
+        "one new token": (Mask(), 1, False, False),
+    }
+    here = " and ".join(
+        f"{name.replace('_', '-')} {'is' if there else 'is not'} installed"
+        for name, there in INSTALLED.items()
+    )
+    print(f"attention on {kind}, {B} x {T:,} tokens, {args.n_heads} heads of {args.head_dim}; {here}")
+    modern = True
+    if kind == "cuda" and torch.cuda.is_available():
+        modern = torch.cuda.get_device_properties(0).major >= 8
+    for dtype in (
+        (torch.bfloat16, torch.float16, torch.float32) if kind == "cuda" else (torch.float32, torch.bfloat16)
+    ):
+        print(str(dtype).removeprefix("torch."))
+        for name, (mask, queries, alibi, gradients) in cases.items():
+            shape = (B, args.n_heads, queries, args.head_dim)
+            choice = choose_backend(
+                kind, dtype, mask, shape=shape, n_keys=T, alibi=alibi, gradients=gradients, modern=modern
+            )
+            print(f"  {name:16} {choice.backend:10} {choice.why}")
+    return 0
+
+
 def _info(argv: Sequence[str]) -> int:
+    if "--attention" in argv:
+        return _info_attention(argv)
     args = _parse(InfoArgs, prog="minillm info", args=list(argv))
     import json
 

@@ -39,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from .attention import Attention, KVCache, Mask
+from .flash import attend_fast
 from .mlp import MLP, SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .position import ALiBi, Angles, Position, RoPE, RoPE2D
@@ -234,6 +235,7 @@ def make_block(config: ModelConfig, position: Position | None) -> Block:
         qkv_bias=config.qkv_bias,
         out_bias=config.out_bias,
         position=position,
+        attend=attend_fast,
     )
     mlp = (SwiGLU if config.mlp == "swiglu" else MLP)(config.dim, config.hidden_dim, bias=config.mlp_bias)
     block = GLMBlock if config.residual == "glm" else Block
