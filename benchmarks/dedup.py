@@ -66,6 +66,18 @@ def shingle_set(folded: str) -> set[str]:
     return {folded[i : i + SHINGLE] for i in range(max(1, len(folded) - SHINGLE + 1))}
 
 
+def shingle_list(text: str) -> list[str]:
+    folded = fold_text(text)
+    return [folded[i : i + SHINGLE] for i in range(max(1, len(folded) - SHINGLE + 1))]
+
+
+def only_cut(texts: list[str]) -> set[int]:
+    """No tool at all: what every tool waits for that wants shingles as Python strings."""
+    for text in texts:
+        shingle_list(text)
+    return set()
+
+
 def similar(a: set[str], b: set[str]) -> bool:
     shared = len(a & b)
     return shared >= THRESHOLD * (len(a) + len(b) - shared)
@@ -118,12 +130,21 @@ def with_rensa_deduplicator(texts: list[str]) -> set[int]:
     """rensa's RMinHashDeduplicator, which compares signatures and not texts."""
     from rensa import RMinHashDeduplicator
 
-    tokens = []
-    for text in map(fold_text, texts):
-        tokens.append([text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))])
     index = RMinHashDeduplicator(THRESHOLD, N_PERM, True)
-    kept = index.add_pairs((str(number), row) for number, row in enumerate(tokens))
+    kept = index.add_pairs((str(number), shingle_list(text)) for number, text in enumerate(texts))
     return {number for number, keep in enumerate(kept) if not keep}
+
+
+def with_rensa_rho(texts: list[str]) -> set[int]:
+    """rensa's fastest: its rho sketch, which samples places of a text, in one matrix, as its README measures it.
+
+    It says which documents have a copy, not of which, so it removes the first of a group too.
+    """
+    from rensa import RMinHash, RMinHashLSH
+
+    matrix = RMinHash.digest_matrix_from_token_sets_rho(list(map(shingle_list, texts)), N_PERM, 42)
+    flags = RMinHashLSH(THRESHOLD, N_PERM, 8).query_duplicate_flags_matrix_one_shot(matrix)
+    return {number for number, flag in enumerate(flags) if flag}
 
 
 def with_datatrove(texts: list[str]) -> set[int]:
@@ -155,7 +176,7 @@ def with_datatrove(texts: list[str]) -> set[int]:
     logger.remove()
     documents = [Document(text=text, id=str(number)) for number, text in enumerate(texts)]
     with tempfile.TemporaryDirectory() as folder:
-        config = MinhashConfig(hash_config=HashConfig(precision=64, hash_fc="sha1"))
+        config = MinhashConfig(hash_config=HashConfig(hash_fc="xxhash" if (available("xxhash") or "4").startswith("3") else "sha1"))
         Signature(f"{folder}/signatures", config).run(iter(documents), 0, 1)
         for bucket in range(config.num_buckets):
             MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=config).run(
@@ -173,9 +194,11 @@ METHODS: dict[str, tuple[str | None, Callable[[list[str]], set[int]]]] = {
     "minillm, sketches only": (None, ours_sketches),
     "rensa": ("rensa", with_rensa),
     "rensa, deduplicator": ("rensa", with_rensa_deduplicator),
+    "rensa, rho": ("rensa", with_rensa_rho),
     "datasketch": ("datasketch", with_datasketch),
     "datatrove": ("datatrove", with_datatrove),
 }
+CUT = "shingles as strings, nothing else"
 
 
 def largest_similarity(texts: list[str], numbers: set[int]) -> dict[int, float]:
@@ -201,10 +224,11 @@ def largest_similarity(texts: list[str], numbers: set[int]) -> dict[int, float]:
 def measure_once(name: str, path: str, judge: bool) -> dict[str, Any]:
     """One method on the texts of a file, in this process: seconds, peak memory, and how right it was."""
     texts, planted = json.loads(Path(path).read_text(encoding="utf-8"))
-    METHODS[name][1](texts[:50])  # imports and tables
+    method = only_cut if name == CUT else METHODS[name][1]
+    method(texts[:50])  # imports and tables
     before = peak_memory_bytes_now()
     start = time.perf_counter()
-    gone = METHODS[name][1](texts)
+    gone = method(texts)
     seconds = time.perf_counter() - start
     peak = max(0, peak_memory_bytes_of_process() - before)
     near = [{int(number), of} for number, (of, similarity) in planted.items() if similarity >= 0.9]
@@ -215,7 +239,7 @@ def measure_once(name: str, path: str, judge: bool) -> dict[str, Any]:
         "removed": len(gone),
         "recall_at_0.9": found / len(near),
     }
-    if judge:
+    if judge and name != CUT:
         sample = set(sorted(gone)[:: max(1, len(gone) // 500)])
         largest = largest_similarity(texts, sample)
         result["precision"] = sum(value >= THRESHOLD for value in largest.values()) / max(1, len(largest))
@@ -281,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     runs: dict[str, dict[int, list[dict[str, Any]]]] = {
         name: {} for name, version in versions.items() if version is not None
     }
+    runs[CUT] = {}
     with tempfile.TemporaryDirectory() as folder:
         for n in args.sizes:
             path = Path(folder) / f"{n}.json"
@@ -313,7 +338,11 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "command": "python -m benchmarks.dedup" + ("" if argv is None else " " + " ".join(argv)),
         "machine": describe_machine(),
-        "versions": {**{name: v for name, v in versions.items() if v}, "numpy": np.__version__},
+        "versions": {
+            **{name: v for name, v in versions.items() if v},
+            "xxhash": available("xxhash"),
+            "numpy": np.__version__,
+        },
         "similarity": f"Jaccard of {SHINGLE}-character shingles, threshold {THRESHOLD}",
         "cores": 1,
         "summary": summary,
