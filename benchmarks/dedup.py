@@ -176,7 +176,11 @@ def with_datatrove(texts: list[str]) -> set[int]:
     logger.remove()
     documents = [Document(text=text, id=str(number)) for number, text in enumerate(texts)]
     with tempfile.TemporaryDirectory() as folder:
-        config = MinhashConfig(hash_config=HashConfig(hash_fc="xxhash" if (available("xxhash") or "4").startswith("3") else "sha1"))
+        config = MinhashConfig(
+            hash_config=HashConfig(
+                hash_fc="xxhash" if (available("xxhash") or "4").startswith("3") else "sha1"
+            )
+        )
         Signature(f"{folder}/signatures", config).run(iter(documents), 0, 1)
         for bucket in range(config.num_buckets):
             MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=config).run(
