@@ -43,8 +43,8 @@ class Row:
 
 
 def shape(device: torch.device, length: int, head_dim: int) -> tuple[int, int]:
-    """Batch size and heads: on a GPU 16K tokens and a width of 2,048, as the FlashAttention papers measure."""
-    return (max(1, 16384 // length), 2048 // head_dim) if device.type == "cuda" else (1, 2)
+    """Batch size and heads: on a GPU 16K tokens and a width of 2,048, as the FlashAttention papers measure; else one."""
+    return (max(1, 16384 // length), 2048 // head_dim) if device.type == "cuda" else (1, 1)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -64,7 +64,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 def measure(
     name: str, length: int, head_dim: int, device: torch.device, dtype: torch.dtype, allowed: float
 ) -> Row:
-    """Median times of both passes, from as many repeats as fit into `allowed` seconds, at most 20."""
+    """Median times of both passes, from as many repeats as fit into `allowed` seconds, at most 20; one if it takes long."""
     B, H = shape(device, length, head_dim)
     q, k, v, grad = (torch.randn(B, H, length, head_dim, device=device, dtype=dtype) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -76,9 +76,11 @@ def measure(
     def backward() -> None:
         torch.autograd.grad(out.pop(), inputs, grad)
 
+    start = time.perf_counter()
     peak = peak_bytes(lambda: (forward(), backward()), device) / 2**20  # warms up, and compiles
+    least = 1 if time.perf_counter() - start > 5 else 3
     samples, start = [], time.perf_counter()
-    while len(samples) < 20 and (len(samples) < 2 or time.perf_counter() - start < allowed):
+    while len(samples) < 20 and (len(samples) < least or time.perf_counter() - start < allowed):
         samples.append((seconds(forward, device), seconds(backward, device)))
     times = [statistics.median(side) for side in zip(*samples)]
     product = B * H * length * length * head_dim  # 2 n² d operations, half of them seen
@@ -107,7 +109,8 @@ def run(device: torch.device, minutes: float) -> dict:
             B, H = shape(device, length, head_dim)
             for name in backends(device):
                 last = [row for row in rows if (row.head_dim, row.backend) == (head_dim, name)][-1:]
-                took = sum(4 * 3.5 * (row.forward_ms + row.backward_ms) / 1000 for row in last)
+                once = sum(4 * (row.forward_ms + row.backward_ms) / 1000 for row in last)
+                took = once * (2.2 if once > 5 else 4)  # the warm-up, and at least one sample or three
                 why = None
                 if name == "naive" and 3 * B * H * length**2 * dtype.itemsize > MAX_BYTES[device.type]:
                     why = "too much memory"
