@@ -30,7 +30,8 @@ def both_passes(attend, inputs, grad, mask, slopes, dtype, gradients=True):
     out = attend(q, k, v, mask, slopes=slopes)
     assert out.dtype == dtype
     assert out.shape == q.shape
-    grad = grad.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)  # in memory as a model's wo hands it back
+    # in memory as a model's wo hands it back
+    grad = grad.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
     grads = torch.autograd.grad(out, (q, k, v), grad) if gradients else ()
     assert all(g.dtype == dtype for g in grads)
     return [x.detach().double() for x in (out, *grads)]
