@@ -31,6 +31,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "clean_leftovers",
+    "first_difference",
     "latest_checkpoint",
     "load_checkpoint",
     "load_metadata",
@@ -179,6 +180,17 @@ def sha256_file(path: str | Path, *, from_disk: bool = False) -> str:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting in which two nested configurations differ: (dotted name, old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if old == new else (name, old, new)
 
 
 def save_tensors(

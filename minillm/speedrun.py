@@ -26,6 +26,7 @@ from minillm.checkpoint import (
     atomic_folder,
     atomic_write,
     clean_leftovers,
+    first_difference,
     load_model,
     save_model,
 )
@@ -134,17 +135,6 @@ def _binding(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what may change when its run goes on."""
     kept = {name: value for name, value in config.get("train", {}).items() if name not in FREE_SETTINGS}
     return {**config, "train": kept}
-
-
-def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first setting in which two nested configurations differ: (dotted name, old value, new value)."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
-        return None
-    return None if old == new else (name, old, new)
 
 
 def documents(config: RunConfig, split: str) -> Iterator[Document]:
