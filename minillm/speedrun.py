@@ -43,6 +43,7 @@ from minillm.runtime import (
     run_lock,
     seed_everything,
     tune_allocator,
+    tune_matmul,
 )
 from minillm.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 from minillm.train import FREE_SETTINGS, TrainResult, bits_per_byte, evaluate_loss, train
@@ -398,6 +399,7 @@ def pretrain(
         run.keep_config()
         _need_checkpoints(run)
         tune_allocator()
+        tune_matmul()
         if dtype is None:
             dtype = config.train.dtype if config.train.dtype != "float32" else _fast_dtype(device)
         run.stage(1, "corpus", lambda: _corpus(run))
