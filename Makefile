@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup speedrun test lab book text notebooks export execute check lint types unit nbval bench clean
+.PHONY: help setup speedrun test lab book text notebooks export execute check lint types unit nbval bench bench-full clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,8 +76,11 @@ check: $(READY) ## do text, notebooks and modules agree?
 	  || echo "$$t is newer than $$n: run make notebooks"; done
 	@$(BIN)/python -m pytest tests/test_house.py
 
-bench: $(READY) ## beside the peers, quickly; writes data/results/
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(READY) ## beside the peers, in a few minutes; writes data/results/
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --quick --pip-args="$(PIP_ARGS)" $(ARGS)
+
+bench-full: $(READY) ## all of it, in about an hour (ARGS=--resume goes on where it was stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --pip-args="$(PIP_ARGS)" $(ARGS)
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) .text book/_build build dist

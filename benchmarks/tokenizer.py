@@ -72,9 +72,9 @@ def seconds(work) -> float:
     return time.process_time() - start
 
 
-def in_turns(works: dict) -> dict:
+def in_turns(works: dict, rounds: int = ROUNDS) -> dict:
     samples: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, work in works.items():
             samples[name].append(round(seconds(work), 4))
     return {name: {"median_s": statistics.median(runs), "samples_s": runs} for name, runs in samples.items()}
@@ -95,7 +95,8 @@ def train_tokenizers(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def speed(texts: list[str], vocab_size: int = 4096) -> dict:
+def speed(texts: list[str], vocab_size: int = 4096, *, rounds: int = ROUNDS) -> dict:
+    """Processor seconds of training and encoding, in turns."""
     ours, piece, fast = (
         train(texts, vocab_size) for train in (train_bpe, train_sentencepiece, train_tokenizers)
     )
@@ -112,7 +113,8 @@ def speed(texts: list[str], vocab_size: int = 4096) -> dict:
                 "minillm": lambda: train_bpe(texts, vocab_size),
                 "sentencepiece": lambda: train_sentencepiece(texts, vocab_size),
                 "tokenizers": lambda: train_tokenizers(texts, vocab_size),
-            }
+            },
+            rounds,
         ),
         # minillm: a tokenizer that was just loaded, its cache empty; warm: one that has seen the texts.
         "encode": in_turns(
@@ -126,7 +128,8 @@ def speed(texts: list[str], vocab_size: int = 4096) -> dict:
                     e.ids
                     for e in tokenizers.Tokenizer.from_str(blob).encode_batch(texts, add_special_tokens=False)
                 ],
-            }
+            },
+            rounds,
         ),
         "tokens_per_byte": {
             "minillm": compression(ours, texts).tokens_per_byte,

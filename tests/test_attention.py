@@ -8,7 +8,7 @@ from references import attention_reference, visible_reference
 from tolerances import assert_close, assert_low_precision
 from torch.nn import functional as F
 
-from minillm.attention import Attention, KVCache, Mask, attend, score_bias, visible
+from minillm.attention import Attention, KVCache, Mask, attend, score_bias, visible, weights_by_block
 from minillm.check import check, laws
 from minillm.position import ALiBi, RoPE, alibi_slopes
 
@@ -165,6 +165,58 @@ def test_low_precision(dtype, T, n_kv_heads):
     ours = attend(*low, Mask())
     assert ours.dtype == dtype
     assert_low_precision(ours, plain_attention(*low), plain_attention(*exact))
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 4])
+@pytest.mark.parametrize("bias", ["none", "mask of each row", "penalty of each head"])
+@pytest.mark.parametrize(("T", "S"), [(150, 150), (130, 150)])
+def test_training_by_blocks_equals_the_library(n_kv_heads, bias, T, S):
+    q, k, v = (x.requires_grad_() for x in random_qkv(H=4, K=n_kv_heads, T=T, S=S, dtype=torch.float64))
+    documents = (torch.arange(S) // torch.tensor([[40], [90]])).expand(2, S)
+    mask = Mask(documents=documents) if bias == "mask of each row" else Mask()
+    slopes = alibi_slopes(4) if bias == "penalty of each head" else None
+    dense = score_bias(mask.dense(T, S), torch.float64, slopes)
+    out = attend(q, k, v, mask, slopes=slopes)
+    assert "BlockAttention" in type(out.grad_fn).__name__
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True)
+    assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    for ours, theirs in zip(*(torch.autograd.grad(o, (q, k, v), upstream) for o in (out, expected))):
+        assert_close(ours, theirs)
+
+
+def test_training_by_blocks_keeps_no_weights_and_touches_no_later_key():
+    q, k, v = (x.requires_grad_() for x in random_qkv(H=4, K=2, T=150, S=150, Dh=8))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        attend(q, k, v, Mask())
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (q, k, v)}
+    blocks = [
+        (rows.start, block.start, keys.shape[1])
+        for rows, block, _, keys, _ in weights_by_block(q, k, None, True)
+    ]
+    assert blocks == [(0, 0, 64), (0, 64, 128), (0, 128, 150)]  # both rows fit together
+    q, k = (x.expand(9, -1, -1, -1).contiguous() for x in (q[:1], k[:1]))
+    assert {rows.start for rows, *_ in weights_by_block(q, k, None, True)} == {0, 3, 6}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradients_by_blocks(dtype):
+    exact = random_qkv(H=4, K=2, T=140, S=140, Dh=16, dtype=torch.float64)
+    upstream = torch.randn(2, 4, 140, 16, dtype=torch.float64)
+
+    def gradients(function, qkv):
+        qkv = [x.detach().clone().requires_grad_() for x in qkv]
+        out = function(*qkv)
+        return [out, *torch.autograd.grad(out, qkv, upstream.to(out.dtype))]
+
+    low = [x.to(dtype) for x in exact]
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    ours = gradients(lambda q, k, v: attend(q, k, v, Mask()), low)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    for a, b, c in zip(ours, gradients(plain_attention, low), gradients(plain_attention, exact)):
+        assert a.dtype == dtype
+        assert_low_precision(a, b, c)
 
 
 def test_alibi_penalties_are_rounded_once():
