@@ -1,4 +1,4 @@
-"""The command line: `minillm speedrun | pretrain | corpus | clean | generate | tokenizer | info`. Bad input exits with 2 and one line."""
+"""The command line: `minillm speedrun | pretrain | corpus | clean | generate | tokenizer | convert | info`. Bad input exits with 2 and one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ HELP = f"""minillm {__version__}: build a language model piece by piece, then tr
   minillm clean IN             raw text -> clean text, and a report of what went and why
   minillm generate PROMPT      continue a prompt, or talk, with a trained model
   minillm tokenizer COMMAND    train a vocabulary; encode and decode text with it
-  minillm info NAME            parameters, memory and FLOPs of a recipe or a run
+  minillm convert FOLDER OUT   a published model into ours, or ours into a published format
+  minillm info NAME            parameters, memory and FLOPs of a recipe, a run or a published model
   minillm info --attention     which attention kernel is taken, and why
 
 `minillm COMMAND --help` shows every setting with its default."""
@@ -137,7 +138,7 @@ class GenerateArgs:
     prompt: Annotated[str | None, tyro.conf.Positional] = None
     """The text to continue."""
     model: Path = Path("runs/tiny")
-    """A run's folder, or a model's."""
+    """A run's folder, or a model's: ours, or as LLaMA, ChatGLM and Baichuan were published."""
     max_new_tokens: int = 200
     """Stop after so many tokens, if the model does not stop before."""
     temperature: float = 0.7
@@ -158,11 +159,21 @@ class GenerateArgs:
     """auto, cpu, cuda, cuda:1, mps."""
 
 
+def _load(folder: Path, device: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of a run, or of a folder that holds a model itself, in any format."""
+    if (folder / "model" / "config.json").exists() or not (folder / "config.json").exists():
+        from minillm.speedrun import load_run
+
+        return load_run(folder, device)
+    from minillm.zoo import load_folder
+
+    return load_folder(folder, device=device)
+
+
 def _generate(argv: Sequence[str]) -> int:
     args = _parse(GenerateArgs, prog="minillm generate", args=list(argv))
     from minillm.generate import Sampler, stream_text
     from minillm.runtime import pick_device
-    from minillm.speedrun import load_run
 
     sampler = Sampler(
         temperature=args.temperature,
@@ -173,7 +184,7 @@ def _generate(argv: Sequence[str]) -> int:
     )
     if args.n < 1 or args.max_new_tokens < 1:
         raise ValueError(f"n and max_new_tokens must be at least 1, got {args.n} and {args.max_new_tokens}")
-    model, tokenizer = load_run(args.model, pick_device(args.device))
+    model, tokenizer = _load(args.model, pick_device(args.device))
     model.eval()
 
     def answer(prompt: str, seed: int | None) -> None:
@@ -304,11 +315,37 @@ def _tokenizer_train(args: TokenizerTrain) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertArgs:
+    """A published model (LLaMA, ChatGLM, Baichuan; Meta's files) into our format, or one of ours into its family's."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The model's folder, or a run's."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A new folder."""
+    dtype: Literal["as stored", "float32", "bfloat16", "float16"] = "as stored"
+    """Of the weights."""
+
+
+def _convert(argv: Sequence[str]) -> int:
+    args = _parse(ConvertArgs, prog="minillm convert", args=list(argv))
+    import torch
+
+    from minillm.zoo import convert_folder, load_shape
+
+    dtype = None if args.dtype == "as stored" else getattr(torch, args.dtype)
+    out = convert_folder(args.folder, args.out, dtype=dtype)
+    from minillm.transformer import count_parameters
+
+    print(f"{out}: {count_parameters(load_shape(out)).total:,} parameters")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InfoArgs:
-    """Parameters, memory and FLOPs of a recipe, or of a trained run."""
+    """Parameters, memory and FLOPs of a recipe, of a trained run, or of a published model."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """A recipe (tiny, small, m125, m350, b1, b7), or the folder of a run or a model."""
+    """A recipe (tiny, small, m125, m350, b1, b7), a model of the zoo (llama2-70b, …), or the folder of a run or a model."""
     seq_len: int | None = None
     """Tokens of context; by default the model's."""
     batch_size: int = 1
@@ -382,13 +419,14 @@ def _info(argv: Sequence[str]) -> int:
     if "--attention" in argv:
         return _info_attention(argv)
     args = _parse(InfoArgs, prog="minillm info", args=list(argv))
-    import json
-
     from minillm.recipes import RECIPES, recipe
-    from minillm.transformer import ModelConfig, count_parameters, flops_per_token, kv_cache_bytes
+    from minillm.transformer import count_parameters, flops_per_token, kv_cache_bytes
+    from minillm.zoo import MODELS, load_shape
 
     if args.name in RECIPES:
         model = recipe(args.name).model
+    elif args.name in MODELS:
+        model = MODELS[args.name]
     else:
         folder = Path(args.name)
         path = next(
@@ -396,12 +434,10 @@ def _info(argv: Sequence[str]) -> int:
         )
         if path is None:
             raise ValueError(
-                f"{args.name!r} is neither a recipe ({', '.join(RECIPES)}) nor the folder of a run or model"
+                f"{args.name!r} is neither a recipe ({', '.join(RECIPES)}), nor a published model "
+                f"({', '.join(MODELS)}), nor the folder of a run or model"
             )
-        try:
-            model = ModelConfig(**json.loads(path.read_text(encoding="utf-8"))["model"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise MiniLLMError(f"{path}: not a minillm model ({error})") from error
+        model = load_shape(path.parent)
     seq_len = args.seq_len or model.max_seq_len
     if seq_len < 1 or args.batch_size < 1:
         raise ValueError(f"seq_len and batch_size must be at least 1, got {seq_len} and {args.batch_size}")
@@ -608,6 +644,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "clean": _clean,
     "generate": _generate,
     "tokenizer": _tokenizer,
+    "convert": _convert,
     "info": _info,
 }
 

@@ -14,6 +14,7 @@ __all__ = [
     "make_block",
     "flat_layout",
     "prefix_layout",
+    "PromptLayout",
     "init_weights",
     "Trunk",
     "Transformer",
@@ -28,9 +29,10 @@ __all__ = [
 
 # %% ../chapters/10_transformer.ipynb #cf3bd378
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args, get_origin
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -119,7 +121,7 @@ def check_fields(config: object) -> None:
     for field in fields(config):  # type: ignore[arg-type]
         value, name = getattr(config, field.name), field.name
         choices = get_args(field.type)
-        if choices and value not in choices:
+        if get_origin(field.type) is Literal and value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if field.type is bool and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
@@ -155,6 +157,13 @@ def check_shape(config: "ModelConfig") -> None:
         )
     if config.position == "rope2d" and config.head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4 for 2D rotary, got {config.head_dim}")
+    ids = config.glm_ids
+    if ids is not None and config.position != "rope2d":
+        raise ValueError(f"glm_ids has no effect with position={config.position!r}: leave it out")
+    if ids is not None and not (
+        len(ids) == 3 and all(type(i) is int and 0 <= i < config.vocab_size for i in ids)
+    ):
+        raise ValueError(f"glm_ids must be three ids below vocab_size = {config.vocab_size}, got {ids}")
 
 
 # %% ../chapters/10_transformer.ipynb #731cd9ad
@@ -187,8 +196,11 @@ class ModelConfig:
     residual: Literal["pre", "glm"] = "pre"
     tied: bool = False  # the head's weight is the embedding's
     norm_head: bool = False  # Baichuan2
+    glm_ids: Sequence[int] | None = None  # MASK, gMASK, sop: ChatGLM-6B's prefix follows from its tokens
 
     def __post_init__(self):
+        if isinstance(self.glm_ids, list):  # as JSON has it
+            object.__setattr__(self, "glm_ids", tuple(self.glm_ids))
         check_fields(self)
         check_shape(self)
 
@@ -279,6 +291,71 @@ def prefix_layout(
     return mask, both.clamp(min=0)[..., start:]
 
 
+# %% ../chapters/10_transformer.ipynb #efe74678
+class PromptLayout:
+    """ChatGLM-6B's layout: mask and positions follow from three special tokens of each row (chapter 10).
+
+    What stands before `sop` is read in both directions. The first position counts up to `sop` and then stays at the
+    blank, the row's first gMASK, or first MASK where there is no gMASK; the second is 0 before `sop` and counts from 1.
+
+    Args:
+        mask_id: the id of MASK.
+        gmask_id: the id of gMASK.
+        sop_id: the id of sop, "start of piece".
+
+    Source: GLM, arXiv:2103.10360, section 2.2.1; `modeling_chatglm.py` of ChatGLM-6B.
+    """
+
+    prompts: ClassVar[WeakKeyDictionary[KVCache, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+    def __init__(self, mask_id: int, gmask_id: int, sop_id: int):
+        self.mask_id, self.gmask_id, self.sop_id = mask_id, gmask_id, sop_id
+
+    def find(self, tokens: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+        """The columns of sop and of the blank in each row.
+
+        Raises:
+            ValueError: a row has no sop, or neither gMASK nor MASK.
+        """
+        sop, gmask, mask = (tokens == i for i in (self.sop_id, self.gmask_id, self.mask_id))
+        blank = torch.where(gmask.any(1, keepdim=True), gmask, mask)
+        for name, found in (
+            (f"sop (id {self.sop_id})", sop),
+            (f"gMASK or MASK ({self.gmask_id}, {self.mask_id})", blank),
+        ):
+            if not bool(found.any(1).all()):
+                row = int((~found.any(1)).nonzero()[0])
+                raise ValueError(
+                    f"row {row} has no {name}: a prompt of ChatGLM-6B ends with gMASK, sop, and is read in one piece"
+                )
+        return sop.int().argmax(1), blank.int().argmax(1)
+
+    def __call__(
+        self, tokens: Int[Tensor, "B T"], mask: Mask, cache: KVCache | None = None
+    ) -> tuple[Mask, Int[Tensor, "B 2 T"]]:
+        if mask.prefix is not None:  # the caller knows better
+            return prefix_layout(tokens, mask, cache)
+        start = 0 if cache is None else cache.length
+        found = self.find(tokens) if cache is None or start == 0 else self.prompts.get(cache)
+        if found is None:
+            raise ValueError(
+                "this cache was not filled through this layout: read the prompt into an empty cache first"
+            )
+        if cache is not None:
+            self.prompts[cache] = found
+        sop, blank = found
+        columns = torch.arange(start + tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        if mask.keys is None:
+            counted = columns
+        else:  # padding on the left moves nothing: real tokens are counted
+            counted = (mask.keys[:, : columns.shape[1]].long().cumsum(1) - 1).clamp(min=0)
+        after = columns >= sop[:, None]
+        first = torch.where(after, counted.gather(1, blank[:, None]), counted)
+        second = torch.where(after, columns - sop[:, None] + 1, 0)
+        mask = Mask(causal=mask.causal, prefix=sop, documents=mask.documents, keys=mask.keys)
+        return mask, torch.stack((first, second), dim=1)[..., start:]
+
+
 # %% ../chapters/10_transformer.ipynb #c4d5f881
 def init_weights(model: nn.Module, n_layers: int, std: float = 0.02) -> None:
     """Gains 1, biases 0, matrices normal; those that write to the residual stream smaller by sqrt(2 n_layers).
@@ -305,13 +382,16 @@ class Trunk(nn.Module):
     Args:
         config: the shape.
         layout: from tokens, mask and cache to (mask, positions); by default positions are counted (`flat_layout`, or
-            `prefix_layout` for 2D rotary). A model whose mask follows from its tokens brings its own.
+            `prefix_layout` for 2D rotary, or `PromptLayout` where the config has `glm_ids`).
     """
 
     def __init__(self, config: ModelConfig, *, layout: Layout | None = None):
         super().__init__()
         self.config = config
-        self.layout = layout or (prefix_layout if config.position == "rope2d" else flat_layout)
+        by_config = prefix_layout if config.position == "rope2d" else flat_layout
+        if config.glm_ids is not None:
+            by_config = PromptLayout(*config.glm_ids)
+        self.layout: Layout = layout or by_config
         self.position = make_position(config)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(make_block(config, self.position) for _ in range(config.n_layers))

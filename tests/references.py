@@ -193,3 +193,104 @@ def adamw_reference(theta, grads, *, lr, betas, eps, weight_decay):
             values[i] -= lr * weight_decay * values[i]
             values[i] -= lr * m / (v**0.5 + eps)
     return torch.tensor(values, dtype=theta.dtype).view(theta.shape)
+
+
+def chatglm_reference(weights, settings, tokens):
+    """Logits of ChatGLM-6B for one sequence, from its published names and settings: one token, head and key at a time.
+
+    weights: name -> tensor; settings: config.json; tokens: a list of ids without padding.
+    """
+    d, n_heads, dtype = (
+        settings["hidden_size"],
+        settings["num_attention_heads"],
+        weights["lm_head.weight"].dtype,
+    )
+    width, eps, T = d // n_heads, settings["layernorm_epsilon"], len(tokens)
+    sop = tokens.index(settings["bos_token_id"])
+    blank = settings["gmask_token_id"] if settings["gmask_token_id"] in tokens else settings["mask_token_id"]
+    blank = tokens.index(blank)
+    position = [t if t < sop else blank for t in range(T)]
+    block_position = [0 if t < sop else t - sop + 1 for t in range(T)]
+    frequency = torch.tensor([10000 ** (-2 * i / (width // 2)) for i in range(width // 4)]).half().float()
+
+    def linear(x, name):
+        return weights[name + ".weight"] @ x + weights[name + ".bias"]
+
+    def layer_norm(x, name):
+        centred = x - sum(x) / d
+        return (
+            centred / (centred @ centred / d + eps) ** 0.5 * weights[name + ".weight"]
+            + weights[name + ".bias"]
+        )
+
+    def turn(half, place):
+        quarter = len(half) // 2
+        cos, sin = (place * frequency).cos().to(dtype), (place * frequency).sin().to(dtype)
+        a, b = half[:quarter], half[quarter:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin])
+
+    def turned(head, t):
+        return torch.cat([turn(head[: width // 2], position[t]), turn(head[width // 2 :], block_position[t])])
+
+    stream = [weights["transformer.word_embeddings.weight"][token] for token in tokens]
+    for n in range(settings["num_layers"]):
+        layer, alpha = f"transformer.layers.{n}.", (2 * 28) ** 0.5
+        normed = [layer_norm(x, layer + "input_layernorm") for x in stream]
+        qkv = [linear(x, layer + "attention.query_key_value").view(n_heads, 3, width) for x in normed]
+        for t in range(T):
+            heads = []
+            for h in range(n_heads):
+                seen = [s for s in range(T) if s <= t or s < sop]
+                query = turned(qkv[t][h, 0], t)
+                scores = torch.stack([query @ turned(qkv[s][h, 1], s) for s in seen]) / width**0.5
+                heads.append(sum(p * qkv[s][h, 2] for p, s in zip(scores.softmax(0), seen)))
+            stream[t] = alpha * normed[t] + linear(torch.cat(heads), layer + "attention.dense")
+        for t in range(T):
+            x = layer_norm(stream[t], layer + "post_attention_layernorm")
+            up = linear(x, layer + "mlp.dense_h_to_4h")
+            gelu = 0.5 * up * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3)))
+            stream[t] = alpha * x + linear(gelu, layer + "mlp.dense_4h_to_h")
+    return torch.stack(
+        [weights["lm_head.weight"] @ layer_norm(x, "transformer.final_layernorm") for x in stream]
+    )
+
+
+def baichuan_reference(weights, settings, tokens, norm_head=False):
+    """Logits of Baichuan-13B for one sequence, from its published names and settings: ALiBi, one key at a time."""
+    d, n_heads = settings["hidden_size"], settings["num_attention_heads"]
+    width, eps, T = d // n_heads, settings["rms_norm_eps"], len(tokens)
+    power = 1
+    while 2 * power <= n_heads:
+        power *= 2
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-8 * (2 * i + 1) / (2 * power)) for i in range(n_heads - power)]
+    slopes = torch.tensor(slopes, dtype=torch.float32)  # the published bias is made of float32 numbers
+
+    def rms_norm(x, name):
+        return x / (x @ x / d + eps) ** 0.5 * weights[name + ".weight"]
+
+    stream = [weights["model.embed_tokens.weight"][token] for token in tokens]
+    for n in range(settings["num_hidden_layers"]):
+        w = {name: weights[f"model.layers.{n}.{name}.weight"] for name in (
+            "self_attn.W_pack", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+        )}  # fmt: skip
+        normed = [rms_norm(x, f"model.layers.{n}.input_layernorm") for x in stream]
+        qkv = [(w["self_attn.W_pack"] @ x).view(3, n_heads, width) for x in normed]
+        for t in range(T):
+            heads = []
+            for h in range(n_heads):
+                scores = [
+                    qkv[t][0, h] @ qkv[s][1, h] / width**0.5 - float(slopes[h] * (t - s))
+                    for s in range(t + 1)
+                ]
+                heads.append(sum(p * qkv[s][2, h] for s, p in enumerate(torch.stack(scores).softmax(0))))
+            stream[t] = stream[t] + w["self_attn.o_proj"] @ torch.cat(heads)
+        for t in range(T):
+            x = rms_norm(stream[t], f"model.layers.{n}.post_attention_layernorm")
+            gate = w["mlp.gate_proj"] @ x
+            hidden = gate / (1 + (-gate).exp()) * (w["mlp.up_proj"] @ x)
+            stream[t] = stream[t] + w["mlp.down_proj"] @ hidden
+    head = weights["lm_head.weight"]
+    if norm_head:
+        head = torch.stack([row / (row @ row) ** 0.5 for row in head])
+    return torch.stack([head @ rms_norm(x, "model.norm") for x in stream])
