@@ -153,7 +153,12 @@ class Bench:
                     self.sides.pop(name).close()
             except Missing as error:
                 absent[name] = str(error)
-        result: dict[str, Any] = {"work": asdict(work), "missing": absent, "tokens": work.units}
+        result: dict[str, Any] = {
+            "work": asdict(work),
+            "shape": SHAPES[work.shape],
+            "missing": absent,
+            "tokens": work.units,
+        }
         if work.kind == "memory":
             result["peak_bytes"] = {name: answer["peak_rss"] for name, answer in ready.items()}
             result["before_bytes"] = {name: answer["rss_before"] for name, answer in ready.items()}
@@ -195,11 +200,14 @@ def summary(samples: dict[str, list[dict[str, float]]], units: int) -> dict[str,
 
 
 def agrees(work: Work, ours: Any, theirs: Any) -> bool | None:
-    """Whether a side computed what minillm did: the first loss, the tokens, or the logits. None where rounding decides."""
+    """Whether a side computed what minillm did: two losses, the tokens, or the logits. None where rounding decides.
+
+    The second loss comes after one step, of which each side has its own habits: not all of them decay a norm's weight.
+    """
     if work.dtype != "float32":
         return None
     if work.kind in ("train", "memory"):
-        return abs(ours - theirs) < 1e-3
+        return abs(ours[0] - theirs[0]) < 2e-5 and abs(ours[1] - theirs[1]) < 5e-4
     if work.kind == "decode":
         return ours == theirs
     return max(abs(a - b) for a, b in zip(ours, theirs)) < 1e-3
@@ -271,6 +279,9 @@ def run(args: Args) -> int:
                 print(f"{work.name:34} no time left; --resume goes on from here")
                 continue
             result = all_sides.measure(work, rounds)
+            if work.kind == "train":
+                rate = all_sides.side("minillm").ask(all_sides.patience_s, do="matmul", dtype=work.dtype)
+                result["matmul_flops_per_s"] = rate["flops_per_s"]
             store.put(work.name, result)
             print(line(work.name, result), flush=True)
         versions = {n: s.about["versions"].get(n) for n, s in all_sides.sides.items()}

@@ -155,7 +155,7 @@ def training(setting: Setting, name: str, mode: str) -> dict[str, Any]:
         del model
         batch //= 2
     tokens_per_s = result["batch"] * result["seq_len"] / statistics.median(result["samples_s"])
-    flops = flops_per_token(model.config, result["seq_len"], backward=True)
+    flops = float(flops_per_token(model.config, result["seq_len"], backward=True))
     peak = peak_flops("bfloat16", str(setting.device))
     return result | {
         "parameters": count_parameters(model.config).total,

@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -63,6 +64,18 @@ class Worker:
         torch.save({"shape": shape, "state": state, "tokens": tokens}, file)
         return {"parameters": sum(t.numel() for t in state.values())}
 
+    def matmul(self, dtype: str, n: int = 1024, rounds: int = 9) -> dict[str, Any]:
+        """Operations a processor second of a product of square matrices: what training is held against."""
+        import torch
+
+        a, b = (torch.randn(n, n, dtype=getattr(torch, dtype)) for _ in range(2))
+        times = []
+        for _ in range(rounds + 1):
+            start = time.process_time()
+            a @ b
+            times.append(time.process_time() - start)
+        return {"flops_per_s": 2 * n**3 / statistics.median(times[1:])}
+
     def prepare(self, work: dict[str, Any], file: str) -> dict[str, Any]:
         import torch
 
@@ -86,11 +99,10 @@ class Worker:
             else:
                 prefill = self.side.prefiller(model, prompt)
                 self.work = lambda: [round(v, 4) for v in prefill()[0, :8].float().tolist()]
-        first = self.work()
-        for _ in range(work.get("warm_up", 1)):
-            self.work()
+        results = [self.work() for _ in range(1 + work.get("warm_up", 1))]
+        result = results[:2] if work["kind"] in ("train", "memory") else results[0]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"result": first, "parameters": n_parameters, "rss_before": before, "peak_rss": peak}
+        return {"result": result, "parameters": n_parameters, "rss_before": before, "peak_rss": peak}
 
     def measure(self) -> dict[str, Any]:
         assert self.work is not None, "prepare comes first"

@@ -281,6 +281,10 @@ def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
     if "%NOTATION%" in text:
         text = text.replace("%NOTATION%", notation_markdown(chapters).replace("](../", "](").strip())
         text = re.sub(r"\]\((\d\d_\w+\.ipynb)", r"](chapters/\1", text)
+    if docname == "benchmarks":
+        from benchmark_page import fill
+
+        text = fill(text)
     if docname == "references":
         cited = citations(chapters)
         text = re.sub(
@@ -598,7 +602,11 @@ def note_chapters(app: Sphinx, config: Any) -> None:
 
 def always_read(app: Sphinx, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
     """Pages made from the chapters are read again when there is a change in any."""
-    return [name for name in ("index", "notation", "references", "glossary") if name in env.found_docs]
+    return [
+        name
+        for name in ("index", "notation", "references", "glossary", "benchmarks")
+        if name in env.found_docs
+    ]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
