@@ -286,6 +286,7 @@ def run(args: Args) -> int:
             print(line(work.name, result), flush=True)
         versions = {n: s.about["versions"].get(n) for n, s in all_sides.sides.items()}
         store.note(missing=all_sides.missing, versions={n: v for n, v in versions.items() if v})
+        store.save()
     return left
 
 

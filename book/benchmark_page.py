@@ -72,16 +72,12 @@ def machine() -> str:
         return not_yet("make bench")
     about, versions = record["machine"], record.get("versions", {})
     days = sorted({result["measured"][:10] for result in record["results"].values()})
-    peers = {
-        package: number
-        for found in versions.values()
-        if isinstance(found, dict)
-        for package, number in found.items()
-    }
-    peers.pop("minillm", None)
+    libraries = [f"torch {about['torch']}"] + [
+        f"{name} {number}" for name, number in versions.items() if name != "minillm"
+    ]
     lines = [
         f"{about['cpu']}, {about['cpu_cores']} cores, of which each side uses {about['torch_threads']}; Python {about['python']}, "
-        f"{', '.join(f'{name} {number}' for name, number in peers.items())}; {' to '.join(dict.fromkeys((days[0], days[-1])))}."
+        f"{', '.join(libraries)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}."
     ]
     if record.get("missing"):
         lines.append(

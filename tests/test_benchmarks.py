@@ -240,7 +240,7 @@ def test_the_page_shows_the_files_figures_and_what_is_not_reached(results):
     flops = flops_per_token(ModelConfig(**shape), 16, backward=True)
     record = {
         "machine": MACHINE,
-        "versions": {"litgpt": {"litgpt": "0.5"}},
+        "versions": {"minillm": "0", "litgpt": "0.5"},
         "missing": {"nanoGPT": "not on PyPI"},
         "results": {
             "train a": measured(
@@ -262,7 +262,7 @@ def test_the_page_shows_the_files_figures_and_what_is_not_reached(results):
     assert training.count("<svg") == 1
     assert "decode b" not in training
     assert "nanoGPT (not on PyPI)" in page.machine()
-    assert "litgpt 0.5" in page.machine()
+    assert "torch 2, litgpt 0.5" in page.machine()
 
 
 def test_less_is_better_where_it_is(results):
@@ -275,6 +275,26 @@ def test_less_is_better_where_it_is(results):
     )
     assert "| memory c: memory ÷ leanest peer | 1.50 | ≤ 1 | **no** |" in page.goals()
     assert "| c | 3 | – | – | 2 | – |" in page.memory()
+
+
+def test_a_run_leaves_figures_versions_and_what_was_missing_in_its_file(tmp_path, monkeypatch, capsys):
+    work = replace(SMOKE, kind="train", quick=1, sides=("minillm", "plain PyTorch"))
+    monkeypatch.setattr(
+        beside,
+        "works",
+        lambda: [work, replace(work, batch=3, quick=0), replace(work, kind="decode", quick=1)],
+    )
+    args = beside.Args(quick=True, sides=("minillm", "plain PyTorch"), out=tmp_path / "b.json", only="train")
+    assert beside.run(args) == 0
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert list(record["results"]) == [work.name]
+    assert record["results"][work.name]["matmul_flops_per_s"] > 0
+    assert record["versions"]["transformers"]
+    assert "nanoGPT" in record["missing"]
+    assert work.name in capsys.readouterr().out
+    assert (
+        beside.run(replace(args, only="", resume=True, budget_min=0.0)) == 1
+    )  # the decoding is left for later
 
 
 def test_every_stored_result_can_be_drawn():
