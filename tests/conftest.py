@@ -1,9 +1,14 @@
 """Every module of minillm is imported under jaxtyping's hook with beartype: the shapes in the signatures are checked."""
 
 import os
+import signal
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell lets what it starts in the background ignore Ctrl-C, which every process of a test would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from jaxtyping import install_import_hook

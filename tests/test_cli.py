@@ -129,7 +129,7 @@ def test_another_config_in_the_same_folder_is_refused(run):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(run, tmp_path):
-    long = [*SMALL, "--train.steps", "60"]
+    long = [*SMALL, "--train.steps", "200", "--train.save-every", "50"]
     straight = minillm("pretrain", *long, "--name", "straight", cwd=tmp_path)
     assert straight.returncode == 0, straight.stderr
     command = [sys.executable, "-m", "minillm.cli", "pretrain", *long, "--name", "broken"]

@@ -923,11 +923,11 @@ def test_perspective_does_not_repeat_what_cannot_succeed(service):
 
 
 def test_perspective_does_not_wait_for_a_slow_server(service):
-    service.plan = [(200, None, {}, 1.5), (200, None, {}, 1.5)]
+    service.plan = [(200, None, {}, 30.0), (200, None, {}, 30.0)]
     start = time.monotonic()
     with pytest.raises(q.PerspectiveError, match="after 2 tries.*(?i:time)"):
         client(service, timeout_s=0.2, retries=1)("bad")
-    assert time.monotonic() - start < 1.4
+    assert time.monotonic() - start < 15
 
 
 def test_perspective_names_a_server_that_is_not_there():
