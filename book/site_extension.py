@@ -285,12 +285,43 @@ def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
         from benchmark_page import fill
 
         text = fill(text)
+    if "%CLEAN_" in text:
+        for name, table in cleaning_tables().items():
+            text = text.replace(name, table)
     if docname == "references":
         cited = citations(chapters)
         text = re.sub(
             r"arXiv:(\d{4}\.\d{4,5})", lambda match: match[0] + cited_in(cited.get(match[1], [])), text
         )
     source[0] = link_papers(mend_links(text, chapters, "../" if "/" in docname else ""))
+
+
+def cleaning_tables() -> dict[str, str]:
+    """The tables of cleaning.md, from what `benchmarks.clean` measured."""
+    record = json.loads((ROOT / "data" / "results" / "clean.json").read_text(encoding="utf-8"))
+    results = record["results"]
+    sizes = sorted({int(n) for by_size in results.values() for n in by_size})
+    run = results["everything"][max(results["everything"], key=int)]
+    truth = ["| step | to find | caught | recall | acted on | precision |", "|---|--:|--:|--:|--:|--:|"]
+    truth += [
+        f"| {r['step']} | {r['planted']:,} | {r['caught']:,} | {r['recall']:.3f} | {r['acted']:,} | {r['precision']:.3f} |"
+        for r in run["truth"]
+    ]
+    columns = [f"{n:,}" for n in sizes]
+    cost = [
+        "| step | "
+        + " | ".join([*(f"docs/s, {c}" for c in columns), *(f"MiB, {c}" for c in columns)])
+        + " |",
+        "|---|" + "--:|" * (2 * len(sizes)),
+    ]
+    for name, by_size in results.items():
+        found = [by_size.get(str(n)) for n in sizes]
+        cells = [f"{one['documents_per_s']:,.0f}" if one else "" for one in found]
+        cells += [f"{one['peak_memory_bytes'] / 2**20:,.0f}" if one else "" for one in found]
+        cost.append(f"| {name} | {' | '.join(cells)} |")
+    machine = record["machine"]
+    cost += ["", f"Measured by `{record['command']}` on {machine.get('cpu', 'this machine')}."]
+    return {"%CLEAN_TRUTH%": "\n".join(truth), "%CLEAN_COST%": "\n".join(cost)}
 
 
 def cited_in(chapters: list[Chapter]) -> str:

@@ -36,7 +36,16 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from minillm.checkpoint import MiniLLMError, atomic_write, first_difference
-from minillm.corpus import NAMED, CorpusError, Document, ReadStats, find_files, need, read_documents
+from minillm.corpus import (
+    NAMED,
+    CorpusError,
+    Document,
+    ReadStats,
+    find_files,
+    need,
+    read_documents,
+    shingles,
+)
 from minillm.quality import Drop, token_f1, units
 from minillm.runtime import run_lock
 
@@ -54,6 +63,7 @@ __all__ = [
     "describe",
     "plan",
     "truth_of",
+    "with_repetitions",
 ]
 
 log = logging.getLogger(__name__)
@@ -151,7 +161,7 @@ def _plain(value: Any) -> Any:
     return f"blake2b:{hashlib.blake2b(data, digest_size=8).hexdigest()}"
 
 
-# What the own corpus planted for a kind of step to find. `same_as` is written by `minillm corpus`.
+# What the own corpus holds for a kind of step to find: planted, or found by `with_repetitions`.
 EXPECTED: dict[str, Callable[[Document, Any], bool]] = {
     "ExtractText": lambda d, step: d.meta.get("defect") == "html",
     "RepairEncoding": lambda d, step: d.meta.get("defect") == "encoding",
@@ -160,6 +170,7 @@ EXPECTED: dict[str, Callable[[Document, Any], bool]] = {
     "RedactPII": lambda d, step: d.meta.get("defect") == "pii",
     "Toxicity": lambda d, step: d.meta.get("defect") == "toxic" and bool(d.meta.get("toxic")),
     "ExactDuplicates": lambda d, step: d.meta.get("defect") == "duplicate" or "same_as" in d.meta,
+    # planted, or another telling of one life that is so similar
     "NearDuplicates": lambda d, step: d.meta.get("jaccard", 0.0) >= step.threshold,
     "Decontaminate": lambda d, step: d.meta.get("defect") == "leak",
 }
@@ -174,7 +185,38 @@ def truth_of(document: Document) -> str:
         return "toxic look-alike"
     if defect == "encoding":
         return f"encoding {meta.get('codec', '')}".strip()
+    if not defect and "same_as" in meta:
+        return "repeated by chance"
+    if not defect and "retells" in meta:
+        return f"retold {int(10 * meta['jaccard']) / 10:.1f}"
     return str(defect)
+
+
+def with_repetitions(documents: Iterable[Document]) -> Iterator[Document]:
+    """Number the own corpus's documents, and write into their meta where it repeats itself without having been told to.
+
+    Short templates fall out the same twice: `same_as` is the number of the first document with that text. And there are
+    few people, whose lives are told again in another order: `retells` is the number of the most similar earlier telling of
+    the same life, `jaccard` the similarity of the two, as for planted near-duplicates. Likeness between stories of one plot
+    is not looked for.
+    """
+    first: dict[str, int] = {}
+    lives: dict[Any, list[tuple[int, np.ndarray]]] = {}
+    for number, document in enumerate(documents):
+        known: dict[str, Any] = {"number": number}
+        earlier = first.setdefault(document.text, number)
+        if earlier != number:
+            known["same_as"] = earlier
+        elif document.meta.get("task") == "biography":
+            told = lives.setdefault((document.lang, *document.meta["people"]), [])
+            mine = np.array(sorted({_key(part) for part in shingles(document.text, 5)}))
+            shared = [np.intersect1d(mine, other, assume_unique=True).size for _, other in told]
+            similar = [(n / (mine.size + other.size - n), of) for n, (of, other) in zip(shared, told)]
+            if similar:
+                jaccard, of = max(similar)
+                known |= {"retells": of, "jaccard": round(jaccard, 4)}
+            told.append((number, mine))
+        yield dataclasses.replace(document, meta={**document.meta, **known})
 
 
 @dataclass
@@ -504,6 +546,7 @@ class Job:
         """Sketch every document; those that cannot be sketched are dropped by that step."""
         made: list[Any] = []
         documents = [document for document, _ in counted]
+        start = time.perf_counter()
         if hasattr(
             step, "sketch_batch"
         ):  # many at once, faster; if one of them fails, one by one shows which
@@ -511,6 +554,7 @@ class Job:
                 made = list(step.sketch_batch([document.text for document in documents]))
         if len(made) != len(counted):
             made = each(step, step.sketch, documents, self.rules)
+        accounts.append(Account(step.name, seconds=time.perf_counter() - start))
         bad = [(pair, drop) for pair, drop in zip(counted, made) if isinstance(drop, Drop)]
         sketches += [np.asarray(sketch) for sketch in made if not isinstance(sketch, Drop)]
         if bad:
@@ -532,13 +576,15 @@ def _serve(connection: Any, job: Job) -> None:
         except EOFError:
             return
         try:
-            connection.send((None, job.run(*task)))
+            reply = None, job.run(*task)
         except MiniLLMError as error:
-            connection.send((str(error), 0))
+            reply = str(error), 0
         except Exception:
-            connection.send(
-                (f"cleaning failed in phase {task[0]}, chunk {task[1]}:\n{traceback.format_exc()}", 0)
-            )
+            reply = f"cleaning failed in phase {task[0]}, chunk {task[1]}:\n{traceback.format_exc()}", 0
+        try:
+            connection.send(reply)
+        except ConnectionError:  # the parent was killed
+            return
 
 
 class _Workers:

@@ -485,6 +485,7 @@ class CorpusArgs:
 def _corpus(argv: Sequence[str]) -> int:
     from tqdm.auto import tqdm
 
+    from minillm.clean import with_repetitions
     from minillm.corpus import CorpusConfig, Document, benchmark_item, generate, write_documents
 
     defects = dataclasses.field(default_factory=lambda: CorpusConfig(defects=0.3))
@@ -497,7 +498,6 @@ def _corpus(argv: Sequence[str]) -> int:
     args, config = parsed.run, parsed.config
     if args.documents < 1:
         raise ValueError(f"documents must be at least 1, got {args.documents}")
-    first: dict[str, int] = {}
     last_item = 0
 
     def documents() -> Any:
@@ -506,12 +506,9 @@ def _corpus(argv: Sequence[str]) -> int:
         bar = tqdm(
             made, total=args.documents, unit="doc", disable=args.quiet, leave=False, desc=str(args.out)
         )
-        for number, document in enumerate(bar):
+        for document in with_repetitions(bar):
             last_item = max(last_item, document.meta.get("item", 0))
-            # Short templates repeat by themselves: the truth says where, beside the duplicates that were planted.
-            earlier = first.setdefault(document.text, number)
-            known = {"same_as": earlier} if earlier != number else {}
-            yield dataclasses.replace(document, meta={**document.meta, "number": number, **known})
+            yield document
 
     n = write_documents(documents(), args.out)
     print(f"{args.out}: {n:,} documents, {100 * config.defects:.0f} % of them with a planted defect")

@@ -26,6 +26,9 @@ blockquote { margin: .6rem 0; padding: .6rem 1rem; background: var(--tint); bord
 .figure { background: #fff; padding: .4rem; overflow-x: auto } svg { max-width: 100%; height: auto }
 details pre { overflow-x: auto; background: var(--tint); padding: .8rem; font-size: .82rem }
 .wide { overflow-x: auto } .cell { display: block; padding: 0 .35rem; border-radius: 2px } h3 { font-size: 1rem; margin-bottom: .2rem }
+.broad { max-width: 64rem } .broad p, .broad blockquote, .broad .figure { max-width: 46rem } .broad table { width: auto; min-width: 46rem }
+.tight table { font-size: .85rem } .tight td, .tight th { padding: .2rem .35rem; white-space: nowrap }
+@media (max-width: 50rem) { .broad table { min-width: 100% } }
 """
 
 
@@ -82,10 +85,10 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return f"<div class=wide><table>{cells}</table></div>"
 
 
-def _write_page(path: str | Path, title: str, parts: list[str]) -> None:
+def _write_page(path: str | Path, title: str, parts: list[str], *, kind: str = "") -> None:
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body class='{kind}'>{''.join(parts)}</body></html>\n"
     )
     with atomic_write(path) as file:
         file.write(page)
@@ -150,14 +153,14 @@ def write_report(
     _write_page(path, title, parts)
 
 
-def _grid(head: list[str], rows: list[list[str]], *, words: int = 1) -> str:
+def _grid(head: list[str], rows: list[list[str]], *, words: int = 1, kind: str = "wide") -> str:
     """A table with a head; the first `words` columns are words, the others numbers. Cells are HTML."""
     kinds = ["" if i < words else " class=n" for i in range(len(head))]
     top = "".join(f"<th{kind}>{cell}</th>" for kind, cell in zip(kinds, head))
     body = "".join(
         "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row)) + "</tr>" for row in rows
     )
-    return f"<div class=wide><table><tr>{top}</tr>{body}</table></div>"
+    return f"<div class='{kind}'><table><tr>{top}</tr>{body}</table></div>"
 
 
 def _percent(part: int | float, whole: int | float) -> str:
@@ -186,7 +189,7 @@ def _remaining_figure(result: dict[str, Any]) -> str:
     ax.invert_yaxis()
     ax.set_xlim(0, 100)
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower left", frameon=True, facecolor="white", framealpha=0.9, edgecolor="none")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return plot.svg(fig)
 
 
@@ -238,11 +241,11 @@ def _truth_parts(result: dict[str, Any]) -> list[str]:
         ]
         for r in records
     ]
-    head = ["step", "planted", "caught", "recall", "acted on", "precision", "other defects", "no defect"]
+    head = ["step", "to find", "caught", "recall", "acted on", "precision", "something else", "sound"]
     parts = [
-        "<h2>Against the truth</h2><p class=soft>The corpus knows what is wrong with its documents. Planted: documents with the "
-        "defect that a step looks for, among those that reached it. Caught: dropped or changed by it. The last two columns are "
-        "what it acted on besides.</p>",
+        "<h2>Against the truth</h2><p class=soft>The corpus knows what is wrong with its documents. To find: documents with what "
+        "a step looks for, among those that reached it: planted, or repeated by the corpus itself. Caught: dropped or changed by "
+        "it. The last two columns are what it acted on besides: documents with something else, and sound ones.</p>",
         _grid(head, rows),
     ]
     restored = [
@@ -272,6 +275,11 @@ def _truth_parts(result: dict[str, Any]) -> list[str]:
     return [*parts, _fates(result)]
 
 
+def _share(part: int, whole: int) -> str:
+    """Percent as a whole number; what is less than one is said to be."""
+    return f"{100 * part / whole:.0f}" if 200 * part >= whole else "&lt;1"
+
+
 def _fates(result: dict[str, Any]) -> str:
     """What became of each kind of planted document, step by step."""
     steps = result["steps"]
@@ -282,15 +290,15 @@ def _fates(result: dict[str, Any]) -> str:
         for step in steps:
             _, gone, changed = step["truth"].get(label, (0, 0, 0))
             left -= gone
-            text = f"{100 * gone / n:.0f}" if gone else ""
-            text += f" <i>{100 * changed / n:.0f}</i>" if changed else ""
+            text = _share(gone, n) if gone else ""
+            text += f" <i>{_share(changed, n)}</i>" if changed else ""
             tint = min(85, round(85 * (gone + changed) / n))
             cells.append(f"<span style='background:rgb(0 114 178/{tint}%)' class=cell>{text or '·'}</span>")
-        rows.append([html.escape(label) or "no defect", f"{n:,}", *cells, f"{100 * left / n:.0f}"])
+        rows.append([html.escape(label) or "sound", f"{n:,}", *cells, f"{100 * left / n:.0f}"])
     names = [html.escape(step["name"]) for step in steps]
     return (
         "<p class=soft>What became of them: percent dropped at each step (<i>changed</i> in italics), and percent that is left."
-        "</p>" + _grid(["planted", "n", *names, "left"], rows)
+        "</p>" + _grid(["what it is", "n", *names, "left"], rows, kind="wide tight")
     )
 
 
@@ -383,4 +391,4 @@ def write_clean_report(path: str | Path, result: dict[str, Any]) -> None:
         "<details><summary>The whole configuration</summary><pre>"
         f"{html.escape(json.dumps(result['config'], indent=1, ensure_ascii=False))}</pre></details>"
     )
-    _write_page(path, title, parts)
+    _write_page(path, title, parts, kind="broad")

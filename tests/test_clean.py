@@ -16,7 +16,15 @@ from clean_steps import QUICK, AtLeast, Fails, Mark, Same, Squeeze
 
 from minillm import cli
 from minillm.clean import CleanError, clean, clean_documents, describe, plan
-from minillm.corpus import CorpusConfig, CorpusError, Document, generate, read_documents, write_documents
+from minillm.corpus import (
+    CorpusConfig,
+    CorpusError,
+    Document,
+    generate,
+    jaccard,
+    read_documents,
+    write_documents,
+)
 from minillm.quality import Drop
 from minillm.runtime import RunLocked
 
@@ -440,7 +448,7 @@ def minillm(*words, cwd, limit=None, start=False):
 def demonstration(tmp_path_factory):
     """Corpus, benchmark and report, as the README has them."""
     folder = tmp_path_factory.mktemp("demo")
-    made = minillm("corpus", "--documents", 4000, "--benchmark", "bench.jsonl", "--quiet", cwd=folder)
+    made = minillm("corpus", "--documents", 3000, "--benchmark", "bench.jsonl", "--quiet", cwd=folder)
     assert made.returncode == 0, made.stderr
     words = (
         "clean",
@@ -460,6 +468,13 @@ def demonstration(tmp_path_factory):
 
 def test_the_corpus_tells_the_truth_about_its_own_repetitions(demonstration):
     documents = list(read_documents(demonstration[0] / "raw.jsonl"))
+    retold = [d for d in documents if "retells" in d.meta]
+    assert len(retold) > 20
+    for document in retold[:50]:
+        other = documents[document.meta["retells"]]
+        assert other.meta["number"] < document.meta["number"]
+        assert other.meta["people"] == document.meta["people"]
+        assert document.meta["jaccard"] == pytest.approx(jaccard(document.text, other.text), abs=1e-3)
     first = {}
     for number, document in enumerate(documents):
         assert document.meta.get("same_as", number) == first.setdefault(document.text, number)
@@ -467,7 +482,7 @@ def test_the_corpus_tells_the_truth_about_its_own_repetitions(demonstration):
     assert (
         sum("same_as" in d.meta for d in documents)
         > sum(d.meta.get("defect") == "duplicate" for d in documents)
-        > 100
+        > 50
     )
 
 
@@ -485,7 +500,7 @@ def test_every_step_beside_the_planted_truth(demonstration):
         "pii": (0.99, 0.99),
         "toxicity": (0.99, 0.95),
         "exact": (1.0, 1.0),
-        "near": (0.85, 0.05),  # the corpus's own templates make more near-duplicates than were planted
+        "near": (0.85, 0.5),  # what else it takes is like enough: see the next test
         "decontaminate": (1.0, 0.9),
     }
     assert table.keys() == least.keys()
@@ -497,7 +512,7 @@ def test_every_step_beside_the_planted_truth(demonstration):
         assert f"{table[step]['recall']:.3f}" in done.stdout
     by_name = {step["name"]: step for step in report["steps"]}
     texts, before, after = by_name["extract"]["restored"]
-    assert texts > 100
+    assert texts > 50
     assert before / texts < 0.85e6 < 0.97e6 < after / texts
     assert all(n == gone for n, gone in by_name["pii"]["spans"].values())
     assert len(by_name["pii"]["spans"]) >= 4
@@ -505,21 +520,19 @@ def test_every_step_beside_the_planted_truth(demonstration):
 
 def test_what_the_pipeline_drops_as_near_duplicates_is_nearly_the_same(demonstration):
     """Whether planted or made by the corpus's templates: each has an earlier document beside it that is so similar."""
-    from minillm.corpus import jaccard
-
     folder = demonstration[0]
     kept = [document.text for document in read_documents(folder / "clean" / "documents")]
     gone = dropped_lines(folder / "clean")
     near = [r["text"] for r in gone if r["dropped"]["step"] == "near"]
     others = kept + [r["text"] for r in gone if r["dropped"]["step"] in ("near", "decontaminate")]
     assert len(near) >= 20
-    similar = [max(jaccard(text, other) for other in others if other != text) for text in near[:40]]
+    similar = [max(jaccard(text, other) for other in others if other != text) for text in near[:20]]
     assert sum(s >= 0.7 for s in similar) >= 0.95 * len(similar)
 
 
 def test_no_planted_toxic_or_garbled_document_comes_through(demonstration):
     documents = list(read_documents(demonstration[0] / "clean" / "documents"))
-    assert len(documents) > 2000
+    assert len(documents) > 1500
     assert not any(d.meta.get("toxic") for d in documents)
     assert not any("\N{REPLACEMENT CHARACTER}" in d.text for d in documents)
     assert not any("<div" in d.text for d in documents)
@@ -565,7 +578,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
         "--quiet",
     )
     words = (*words, "--chunk-documents", 50, "--workers", 2)
-    write_documents(generate(CorpusConfig(defects=0.3), n_documents=6000), tmp_path / "raw.jsonl")
+    write_documents(generate(CorpusConfig(defects=0.3), n_documents=2500), tmp_path / "raw.jsonl")
     process = minillm(*words, cwd=tmp_path, start=True)
     while process.poll() is None and len(list((tmp_path / "clean" / "work").glob("*/*.account.json"))) < 5:
         time.sleep(0.01)
@@ -583,7 +596,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
     process = minillm(*words, cwd=tmp_path, start=True)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert "6,000 in = " in out
+    assert "2,500 in = " in out
     straight = minillm(*words, "--out", "straight", "--workers", 1, cwd=tmp_path)
     assert straight.returncode == 0, straight.stderr
     assert outputs(tmp_path / "clean") == outputs(tmp_path / "straight")
