@@ -365,8 +365,10 @@ def save_sharded(
             if isinstance(offers[0], OSError):
                 raise offers[0]
             for group, named in shards.items():
+                if not named:  # nothing of it is ours, and a file without tensors cannot be read
+                    continue
                 sharded = any("@" in name for name in named)
-                tail = f".{rank:05d}-of-{len(offers):05d}" if sharded or not named else ""
+                tail = f".{rank:05d}-of-{len(offers):05d}" if sharded else ""
                 file = partial / f"{group}{tail}.safetensors"
                 save_tensors(file, named)
                 written[file.name] = sha256_file(file)

@@ -20,6 +20,8 @@ from minillm.checkpoint import MiniLLMError
 
 if TYPE_CHECKING:
     from minillm.recipes import RunConfig
+    from minillm.transformer import ModelConfig
+    from minillm.zero import EngineConfig
 
 __all__ = ["main"]
 
@@ -72,9 +74,12 @@ def _parse(kind: Any, **options: Any) -> Any:
         raise
 
 
-def _parse_run(command: str, description: str, argv: Sequence[str]) -> tuple[RunArgs, RunConfig]:
+def _parse_run(
+    command: str, description: str, argv: Sequence[str]
+) -> tuple[RunArgs, RunConfig, EngineConfig]:
     """Two passes: the recipe first, since it gives every other setting its default."""
     from minillm.recipes import RunConfig, recipe
+    from minillm.zero import EngineConfig
 
     name, argv = "tiny", ["--data.sources" if word == "--data" else word for word in argv]
     for index, word in enumerate(argv):
@@ -92,9 +97,17 @@ def _parse_run(command: str, description: str, argv: Sequence[str]) -> tuple[Run
             dataclasses.field(default_factory=lambda: chosen),
         ),
     ]
-    both = dataclasses.make_dataclass("Args", fields)
-    args: Any = _parse(both, prog=f"minillm {command}", description=description, args=argv)
-    return args.run, args.config
+    fields.insert(
+        1,
+        (
+            "engine",
+            Annotated[EngineConfig, tyro.conf.arg(name="")],
+            dataclasses.field(default=EngineConfig()),
+        ),
+    )
+    every = dataclasses.make_dataclass("Args", fields)
+    args: Any = _parse(every, prog=f"minillm {command}", description=description, args=argv)
+    return args.run, args.config, args.engine
 
 
 def _run(command: str, argv: Sequence[str]) -> int:
@@ -103,8 +116,8 @@ def _run(command: str, argv: Sequence[str]) -> int:
         "command resumes. Then try `minillm generate`.",
         "pretrain": "Corpus, tokenizer, shards and pretraining, in RUNS/NAME. Ctrl-C saves; the same command resumes.",
     }
-    run, config = _parse_run(command, descriptions[command], argv)
-    from minillm.runtime import pick_device, pick_dtype
+    run, config, engine = _parse_run(command, descriptions[command], argv)
+    from minillm.runtime import pick_device, pick_dtype, process_group
     from minillm.speedrun import pretrain, speedrun
 
     device = pick_device(run.device)
@@ -112,9 +125,13 @@ def _run(command: str, argv: Sequence[str]) -> int:
     folder = run.runs / (run.name or config.recipe)
     start = time.monotonic()
     work: Callable[..., Any] = speedrun if command == "speedrun" else pretrain
-    outcome = work(
-        config, folder, device=device, dtype=dtype, restart=run.restart, say=_say, progress=not run.quiet
-    )
+    settings = {"dtype": dtype, "restart": run.restart, "say": _say, "progress": not run.quiet}
+    borrowed = engine.engine in ("fsdp2", "deepspeed")  # they want a group of processes, if only of one
+    with process_group(device, timeout_s=engine.timeout_s, always=borrowed) as world:
+        outcome = work(config, folder, device=device, engine=engine, world=world, **settings)
+        world.wait()  # the first one may have more to do
+    if world.rank > 0:
+        return 0
     minutes = (time.monotonic() - start) / 60
     if command == "speedrun":
         training, results = outcome["training"], outcome["results"]
@@ -344,8 +361,14 @@ def _convert(argv: Sequence[str]) -> int:
 class InfoArgs:
     """Parameters, memory and FLOPs of a recipe, of a trained run, or of a published model."""
 
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str | None, tyro.conf.Positional] = None
     """A recipe (tiny, small, m125, m350, b1, b7), a model of the zoo (llama2-70b, …), or the folder of a run or a model."""
+    plan: bool = False
+    """What a training step needs on each GPU, by number of GPUs and ZeRO stage; without a name for LLaMA-2's 7B, 13B and 70B."""
+    gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    """How many GPUs the plan looks at."""
+    gpu_gb: float = 80.0
+    """The memory of one GPU, in GB."""
     seq_len: int | None = None
     """Tokens of context; by default the model's."""
     batch_size: int = 1
@@ -415,32 +438,71 @@ def _info_attention(argv: Sequence[str]) -> int:
     return 0
 
 
+def _model_config(name: str) -> ModelConfig:
+    from minillm.recipes import RECIPES, recipe
+    from minillm.zoo import MODELS, load_shape
+
+    if name in RECIPES:
+        return recipe(name).model
+    if name in MODELS:
+        return MODELS[name]
+    folder = Path(name)
+    path = next((p for p in (folder / "model" / "config.json", folder / "config.json") if p.exists()), None)
+    if path is None:
+        raise ValueError(
+            f"{name!r} is neither a recipe ({', '.join(RECIPES)}), nor a published model "
+            f"({', '.join(MODELS)}), nor the folder of a run or model"
+        )
+    return load_shape(path.parent)
+
+
+def _plan(args: InfoArgs, models: dict[str, ModelConfig]) -> int:
+    """Tables of what fits where, and what they count."""
+    from minillm.transformer import count_parameters
+    from minillm.zero import step_bytes
+
+    if not args.gpus or min(args.gpus) < 1 or not args.gpu_gb > 0:
+        raise ValueError(f"gpus and gpu_gb must be at least 1 and above 0, got {args.gpus} and {args.gpu_gb}")
+    for name, model in models.items():
+        seq_len, total = args.seq_len or model.max_seq_len, count_parameters(model).total
+        print(
+            f"{name}: {total:,} parameters; GB on each GPU in bfloat16 with {args.batch_size} x {seq_len:,} tokens on each, "
+            f"* fits into {args.gpu_gb:g} GB"
+        )
+        print(f"{'GPUs':>6}", *(f"{f'stage {stage}':>10} " for stage in range(4)))
+        options = {"rows": args.batch_size, "seq_len": seq_len}
+        activations = step_bytes(model, stage=0, world_size=1, **options)["activations"]
+        for n in args.gpus:
+            needs = []
+            for stage in range(4):
+                parts = step_bytes(model, stage=stage, world_size=n, **options)
+                needs.append(sum(parts.values()) / 1e9)
+            print(f"{n:6}", *(f"{need:10.1f}{'*' if need <= args.gpu_gb else ' '}" for need in needs))
+        print(
+            f"  of which activations {activations / 1e9:.1f} GB. Before it is shared out, every process has the whole model in "
+            f"float32: {4 * total / 1e9:.1f} GB{'' if 4 * total / 1e9 <= args.gpu_gb else ', which does not fit'}\n"
+        )
+    print("Without what the loss, the libraries and fragmentation take: leave a tenth free.")
+    return 0
+
+
 def _info(argv: Sequence[str]) -> int:
     if "--attention" in argv:
         return _info_attention(argv)
     args = _parse(InfoArgs, prog="minillm info", args=list(argv))
-    from minillm.recipes import RECIPES, recipe
     from minillm.transformer import count_parameters, flops_per_token, kv_cache_bytes
-    from minillm.zoo import MODELS, load_shape
 
-    if args.name in RECIPES:
-        model = recipe(args.name).model
-    elif args.name in MODELS:
-        model = MODELS[args.name]
-    else:
-        folder = Path(args.name)
-        path = next(
-            (p for p in (folder / "model" / "config.json", folder / "config.json") if p.exists()), None
+    if args.batch_size < 1 or (args.seq_len is not None and args.seq_len < 1):
+        raise ValueError(
+            f"seq_len and batch_size must be at least 1, got {args.seq_len} and {args.batch_size}"
         )
-        if path is None:
-            raise ValueError(
-                f"{args.name!r} is neither a recipe ({', '.join(RECIPES)}), nor a published model "
-                f"({', '.join(MODELS)}), nor the folder of a run or model"
-            )
-        model = load_shape(path.parent)
+    if args.plan:
+        names = [args.name] if args.name else ["llama2-7b", "llama2-13b", "llama2-70b"]
+        return _plan(args, {name: _model_config(name) for name in names})
+    if args.name is None:
+        raise ValueError("info needs the name of a recipe or the folder of a run or model")
+    model = _model_config(args.name)
     seq_len = args.seq_len or model.max_seq_len
-    if seq_len < 1 or args.batch_size < 1:
-        raise ValueError(f"seq_len and batch_size must be at least 1, got {seq_len} and {args.batch_size}")
     count = count_parameters(model)
     gib = 2**30
     print(f"{args.name}: {count.total:,} parameters")

@@ -101,9 +101,7 @@ def process_group(
     *,
     timeout_s: float = 600.0,
     always: bool = False,
-    rank: int | None = None,
-    world_size: int | None = None,
-    init_method: str | None = None,
+    init_method: str = "env://",
 ) -> Iterator[World]:
     """Join the other processes of a run, and leave them in good order; a World of one if nobody launched several.
 
@@ -114,21 +112,20 @@ def process_group(
         device: GPUs talk through NCCL, everything else through gloo.
         timeout_s: how long a collective waits for the others before it gives up.
         always: make a group of one too, which FSDP2 and DeepSpeed need.
-        rank, world_size, init_method: in place of the environment.
+        init_method: where the processes find each other, in place of MASTER_ADDR and MASTER_PORT.
 
     Raises:
         PeerLost: from within: another process has ended or did not answer in time.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     if world_size == 1 and not always:
         yield World()
         return
     import torch.distributed as dist
 
-    options: dict[str, Any] = {"init_method": init_method or "env://"}
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    options: dict[str, Any] = {"init_method": init_method}
+    if world_size == 1 and init_method == "env://" and "MASTER_ADDR" not in os.environ:
         options = {"store": dist.HashStore()}
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(local_rank)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
@@ -36,6 +38,7 @@ from minillm.generate import generate as generate_tokens
 from minillm.recipes import RunConfig
 from minillm.report import read_metrics, write_report
 from minillm.runtime import (
+    World,
     describe_machine,
     fast_bfloat16,
     need_disk,
@@ -48,6 +51,7 @@ from minillm.runtime import (
 from minillm.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 from minillm.train import FREE_SETTINGS, TrainResult, bits_per_byte, evaluate_loss, train
 from minillm.transformer import Transformer, count_parameters
+from minillm.zero import EngineConfig, make_engine
 
 __all__ = ["Stage", "load_run", "pretrain", "sample", "score", "speedrun"]
 
@@ -71,10 +75,21 @@ def _quiet(line: str) -> None:
 
 
 class _Run:
-    """A run folder: its config, the stages that are done, and what they said."""
+    """A run folder: its config, the stages that are done, and what they said. Of several processes the first one writes."""
 
-    def __init__(self, folder: Path, config: RunConfig, say: Say, progress: bool):
-        self.folder, self.config, self.tell, self.progress = folder, config, say, progress
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        say: Say = _quiet,
+        progress: bool = False,
+        engine: EngineConfig | None = None,
+        world: World | None = None,
+    ):
+        self.engine, self.world = engine or EngineConfig(), world or World()
+        self.leads = self.world.rank == 0
+        self.folder, self.config = folder, config
+        self.tell, self.progress = (say, progress) if self.leads else (_quiet, False)
         self.stages: list[Stage] = []
         self.record = folder / "stages.json"
         self.done: dict[str, Any] = {}
@@ -108,6 +123,8 @@ class _Run:
     def remember(self, name: str, value: Any) -> None:
         """Write down what a run that is taken up again must know."""
         self.done[name] = value
+        if not self.leads:
+            return
         with atomic_write(self.record) as file:
             json.dump(self.done, file, indent=1, ensure_ascii=False)
 
@@ -254,16 +271,16 @@ def _shards(run: _Run) -> str:
     return f"{tokens / 1e6:.2f}M training tokens, {ratio:.2f} per character"
 
 
-def _estimate(model: Transformer, config: RunConfig, device: torch.device, run: _Run) -> float:
-    """Seconds that a training step takes, from some steps that are thrown away."""
+def _estimate(model: Transformer, config: RunConfig, run: _Run) -> float:
+    """Seconds that a training step takes, from some steps of a model that is thrown away; the same on all processes."""
     trial = dataclasses.replace(
         config.train, steps=12, compile="off", log_every=1, eval_every=0, save_every=0
     )
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    metrics = train(model, _loader(run, config), trial, run_dir=None, progress=False).metrics
-    model.load_state_dict(state)
-    tokens = config.train.batch_size * config.train.seq_len
-    return tokens / statistics.median(line["tokens_per_s"] for line in metrics[2:])
+    engine = make_engine(model, trial, run.engine)
+    metrics = train(model, _loader(run, config), trial, engine=engine, progress=False).metrics
+    # Process 0 alone has the metrics of all.
+    speed = statistics.median(line["tokens_per_s"] for line in metrics[2:]) if run.leads else 0.0
+    return config.train.batch_size * config.train.seq_len / engine.total(speed)
 
 
 def _steps_that_fit(config: RunConfig, step_seconds: float) -> int:
@@ -295,6 +312,8 @@ def _loader(run: _Run, config: RunConfig) -> Loader:
         batch_size=config.train.batch_size,
         seq_len=config.train.seq_len,
         seed=config.train.seed,
+        rank=run.world.rank,
+        world_size=run.world.world_size,
     )
 
 
@@ -304,23 +323,33 @@ def _held_out(run: _Run, config: RunConfig) -> Loader:
         batch_size=16,
         seq_len=config.train.seq_len,
         packing="rows",
+        rank=run.world.rank,
+        world_size=run.world.world_size,
     )
+
+
+def _fresh_model(run: _Run, config: RunConfig, device: torch.device) -> Transformer:
+    """The model as training begins with it."""
+    seed_everything(config.train.seed)
+    # Little text may hold fewer tokens than were asked for.
+    vocab_size = load_tokenizer(run.folder / "tokenizer.json").vocab_size
+    return Transformer(dataclasses.replace(config.model, vocab_size=vocab_size)).to(device)
 
 
 def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
     config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, dtype=dtype))
-    _verify_shards(run)
-    seed_everything(config.train.seed)
-    # Little text may hold fewer tokens than were asked for.
-    vocab_size = load_tokenizer(run.folder / "tokenizer.json").vocab_size
-    model = Transformer(dataclasses.replace(config.model, vocab_size=vocab_size)).to(device)
-    n_parameters = count_parameters(model.config).total
-    held_out = _held_out(run, config)
+    if run.leads:
+        _verify_shards(run)
+    run.world.wait()
     if "steps" not in run.done:
-        seconds = _estimate(model, config, device, run)
+        model = _fresh_model(run, config, device)
+        n_parameters, seconds = count_parameters(model.config).total, _estimate(model, config, run)
+        del model
+        gc.collect()  # an engine and its model know each other: their memory goes only now
         run.remember("steps", _steps_that_fit(config, seconds))
+        where = f"{run.world.world_size} x {device.type}" if run.world.world_size > 1 else device.type
         run.say(
-            f"[4/5] pretrain  {n_parameters / 1e6:.2f}M parameters, {run.done['steps']:,} steps on {device.type} in "
+            f"[4/5] pretrain  {n_parameters / 1e6:.2f}M parameters, {run.done['steps']:,} steps on {where} in "
             f"{dtype}: about {_duration(run.done['steps'] * seconds)}, checkpoints of {12 * n_parameters / 1e6:,.0f} MB"
         )
         if run.done["steps"] < config.train.steps:
@@ -328,19 +357,35 @@ def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
                 f"      of {config.train.steps:,}: as many as fit in {config.minutes:g} minutes here; --minutes 0 makes all"
             )
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=run.done["steps"]))
+    model = _fresh_model(run, config, device)
+    n_parameters = count_parameters(model.config).total
+    engine, held_out = make_engine(model, config.train, run.engine), _held_out(run, config)
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        return {"held_out_nats": evaluate_loss(model, held_out.epoch_batches(), dtype=dtype)}
+        shared = engine if engine.world_size > 1 else None
+        loss = evaluate_loss(model, held_out.epoch_batches(), dtype=dtype, engine=shared)
+        return {"held_out_nats": loss}
 
     result: TrainResult = train(
-        model, _loader(run, config), config.train, run_dir=run.folder, eval_fn=evaluate, progress=run.progress
+        model,
+        _loader(run, config),
+        config.train,
+        run_dir=run.folder,
+        eval_fn=evaluate,
+        progress=run.progress,
+        engine=engine,
     )
-    with atomic_folder(run.folder / "model") as folder:
-        save_model(folder, model)
-        shutil.copyfile(run.folder / "tokenizer.json", folder / "tokenizer.json")
+    weights = engine.tensors()["model"]  # all processes: an engine may have to collect them
     held = next((line["held_out_nats"] for line in reversed(result.metrics) if "held_out_nats" in line), None)
-    if held is None:  # somebody has removed the metrics
-        held = evaluate(model)["held_out_nats"]
+    if engine.total(float(run.leads and held is None)):  # somebody has removed the metrics
+        with engine.evaluation():
+            held = evaluate(model)["held_out_nats"]
+    if not run.leads:
+        return ""
+    assert held is not None
+    with atomic_folder(run.folder / "model") as folder:
+        save_model(folder, model, weights)
+        shutil.copyfile(run.folder / "tokenizer.json", folder / "tokenizer.json")
     counts = run.done["shards_counts"]["heldout"]
     run.done["training"] = {
         "held_out_nats": held,
@@ -370,6 +415,8 @@ def pretrain(
     restart: bool = False,
     say: Say = _quiet,
     progress: bool = False,
+    engine: EngineConfig | None = None,
+    world: World | None = None,
 ) -> _Run:
     """Corpus, tokenizer, shards, training: everything up to a model in `run_dir/model`.
 
@@ -383,28 +430,39 @@ def pretrain(
         restart: throw away what the folder holds.
         say: receives a line per stage.
         progress: show bars.
+        engine: who trains. It is no part of the run: another engine may take it up.
+        world: this process among all that train together, from `runtime.process_group`. The first one does the stages before
+            training, and the others wait. All must see the same `run_dir`.
 
     Raises:
         ValueError: the folder holds another run.
         RunLocked: another process works in it.
+        PeerLost: another process of the run has ended.
         train.Interrupted: asked to stop; everything is saved.
     """
     folder, device = Path(run_dir), torch.device(device)
-    with run_lock(folder):
-        if restart:
-            _empty(folder)
-        for place in (folder, folder / "shards"):
-            clean_leftovers(place)
-        run = _Run(folder, config, say, progress)
-        run.keep_config()
-        _need_checkpoints(run)
+    who: dict[str, Any] = {"engine": engine, "world": world}
+    with contextlib.ExitStack() as held:
+        if world is None or world.rank == 0:
+            held.enter_context(run_lock(folder))
+            if restart:
+                _empty(folder)
+            for place in (folder, folder / "shards"):
+                clean_leftovers(place)
+            run = _Run(folder, config, say, progress, **who)
+            run.keep_config()
+            _need_checkpoints(run)
+            run.stage(1, "corpus", lambda: _corpus(run))
+            run.stage(2, "tokenizer", lambda: _tokenizer(run), "tokenizer.json")
+            run.stage(3, "shards", lambda: _shards(run), "shards")
+            run.world.wait()
+        else:
+            world.wait()
+            run = _Run(folder, config, **who)
         tune_allocator()
         tune_matmul()
         if dtype is None:
             dtype = config.train.dtype if config.train.dtype != "float32" else _fast_dtype(device)
-        run.stage(1, "corpus", lambda: _corpus(run))
-        run.stage(2, "tokenizer", lambda: _tokenizer(run), "tokenizer.json")
-        run.stage(3, "shards", lambda: _shards(run), "shards")
         run.stage(4, "pretrain", lambda: _pretrain(run, device, dtype), "model")
     return run
 
@@ -624,17 +682,29 @@ def speedrun(
     restart: bool = False,
     say: Say = _quiet,
     progress: bool = False,
+    engine: EngineConfig | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """`pretrain`, then questions, samples and `report.html`. The arguments and errors are those of `pretrain`.
 
     Returns:
-        What the stages found: `training` and `results` as in `scores.json`, and the `report`'s path.
+        What the stages found: `training` and `results` as in `scores.json`, and the `report`'s path; on process 0 only.
     """
     device = torch.device(device)
-    with run_lock(run_dir):  # of one hold, so that nobody comes in between
-        run = pretrain(
-            config, run_dir, device=device, dtype=dtype, restart=restart, say=say, progress=progress
-        )
+    leads = world is None or world.rank == 0
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "restart": restart,
+        "say": say,
+        "progress": progress,
+    }
+    with (
+        run_lock(run_dir) if leads else contextlib.nullcontext()
+    ):  # of one hold, so that nobody comes in between
+        run = pretrain(config, run_dir, engine=engine, world=world, **options)
+        if not leads:
+            return {}
         run.stage(5, "score", lambda: _finish(run, device))
         report = _report(run, device)
     results = run.done["results"]
