@@ -573,7 +573,7 @@ def _serve(connection: Any, job: Job) -> None:
     while True:
         try:
             task = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             reply = None, job.run(*task)
