@@ -36,6 +36,7 @@ HELP = f"""minillm {__version__}: build a language model piece by piece, then tr
   minillm convert FOLDER OUT   a published model into ours, or ours into a published format
   minillm info NAME            parameters, memory and FLOPs of a recipe, a run or a published model
   minillm info --attention     which attention kernel is taken, and why
+  minillm info --plan          what a model needs on how many GPUs, by ZeRO stage
 
 `minillm COMMAND --help` shows every setting with its default."""
 
