@@ -34,6 +34,7 @@ __all__ = [
     "PII_RULES",
     "PRESIDIO_KINDS",
     "SENTENCE_END",
+    "KIND",
     "Drop",
     "Step",
     "units",
@@ -73,10 +74,12 @@ __all__ = [
     "machine_features",
     "fit_logistic",
     "auroc",
+    "has_han",
     "MachineDetector",
     "train_detector",
     "ocr_noise",
     "machine_text",
+    "human_like",
     "machine_detector",
     "HuggingFaceDetector",
     "MachineText",
@@ -1422,9 +1425,18 @@ def auroc(negative: Sequence[float | int], positive: Sequence[float | int]) -> f
 
 
 # %% ../chapters/02_quality.ipynb #9bcdcdbc
+def has_han(text: str) -> bool:
+    """Whether a text has Chinese characters."""
+    return re.search(f"[{HAN}]", text) is not None
+
+
+# %% ../chapters/02_quality.ipynb #e6fbadd3
 @dataclass(frozen=True, kw_only=True)
 class MachineDetector:
-    """A probability that a machine made a text, from `machine_features`; trained by `train_detector`. Chapter 02."""
+    """A probability that a machine made a text, from `machine_features`; trained by `train_detector`. Chapter 02.
+
+    `mean` and `scale` have two rows: human text without Chinese characters, and with them.
+    """
 
     scorer: Scorer
     mean: np.ndarray
@@ -1433,11 +1445,12 @@ class MachineDetector:
     bias: float
 
     def inputs(self, text: str) -> np.ndarray:
-        """Each feature as its distance from human text, in standard deviations, and that distance squared.
+        """Each feature as its distance from human text of the same script, in standard deviations, and that distance squared.
 
         Squared, because machines err on both sides: word salad is too surprising, a loop not surprising enough.
         """
-        z = np.clip((machine_features(text, self.scorer) - self.mean) / self.scale, -6, 6)
+        script = int(has_han(text))
+        z = np.clip((machine_features(text, self.scorer) - self.mean[script]) / self.scale[script], -6, 6)
         return np.concatenate([z, z * z / 6])
 
     def logit(self, text: str) -> float:
@@ -1448,30 +1461,33 @@ class MachineDetector:
         return 1 / (1 + math.exp(-max(-40.0, min(40.0, self.logit(text)))))
 
 
-# %% ../chapters/02_quality.ipynb #e6fbadd3
+# %% ../chapters/02_quality.ipynb #ef5b05b6
 def train_detector(
     human: Sequence[str],
     machine: Sequence[str],
     scorer: Scorer,
     *,
     false_alarms: float = 0.01,
-    l2: float = 1e-2,
+    l2: float = 1e-3,
 ) -> MachineDetector:
     """A detector that says 0.5 or more of the share `false_alarms` of human texts.
 
     Args:
-        human: texts that people wrote, and that the scorer has not been trained on. A quarter sets the threshold.
+        human: texts that people wrote, and that the scorer has not been trained on, in every form that the machines' texts have
+            (`human_like`): otherwise it learns the form. A quarter sets the threshold.
         machine: texts of as many machines as there are; what is not among them will be found less well.
         scorer: the language model.
     """
     kept = [text for number, text in enumerate(human) if number % 4]
     features = np.array([machine_features(text, scorer) for text in kept])
-    mean, scale = features.mean(0), features.std(0) + 1e-3
-    blank = MachineDetector(scorer=scorer, mean=mean, scale=scale, weights=np.zeros(2 * len(mean)), bias=0.0)
+    script = np.array([has_han(text) for text in kept], dtype=int)
+    groups = [features[script == which] if (script == which).any() else features for which in (0, 1)]
+    mean, scale = np.array([g.mean(0) for g in groups]), np.array([g.std(0) + 1e-3 for g in groups])
+    dim = 2 * features.shape[1]
+    blank = MachineDetector(scorer=scorer, mean=mean, scale=scale, weights=np.zeros(dim), bias=0.0)
     inputs = [blank.inputs(text) for text in [*kept, *machine]]
     labels = [0.0] * len(kept) + [1.0] * len(machine)
-    places = range(2 * len(mean))
-    weights, bias = fit_logistic([(places, row) for row in inputs], labels, 2 * len(mean), l2=l2)
+    weights, bias = fit_logistic([(range(dim), row) for row in inputs], labels, dim, l2=l2)
     trained = replace(blank, weights=weights, bias=bias)
     tried = [trained.logit(text) for number, text in enumerate(human) if number % 4 == 0]
     return replace(trained, bias=bias - float(np.quantile(tried, 1 - false_alarms)))
@@ -1527,15 +1543,38 @@ def machine_text(machine: str, seed: object) -> str:
 
 
 # %% ../chapters/02_quality.ipynb #245706c0
+def human_like(text: str, seed: object) -> str:
+    """Genuine text of the corpus in the form of `text`: its script, its number of lines, and nearly its length in `units`.
+
+    The control for a detector: whoever tells a machine's text from its human twin has seen more than its form. One line becomes
+    the first paragraph of a story; where none has the length, several, cut where the length is reached.
+    """
+    r, config = dice("human", text, seed), CorpusConfig(seed=101)
+    chinese, n_lines, n_units = has_han(text), text.count("\n") + 1, len(units(text))
+    stories = [story_text(config, r, "zh" if chinese else "en")[0].split("\n") for _ in range(12)]
+    drawn = [lines[:n_lines] for lines in stories]
+    best = "\n".join(
+        min(drawn, key=lambda lines: (abs(len(lines) - n_lines), abs(len(units("\n".join(lines))) - n_units)))
+    )
+    if n_lines > 1 or abs(len(units(best)) - n_units) <= 0.15 * n_units:
+        return best
+    joined = ("" if chinese else " ").join(line for (line,) in drawn)
+    ends = [found.end() for found in UNIT.finditer(joined)]
+    return joined[: ends[min(n_units, len(ends)) - 1]] if n_units else ""
+
+
+# %% ../chapters/02_quality.ipynb #73ca2595
 @lru_cache(maxsize=1)
 def machine_detector() -> MachineDetector:
     """The detector that is used where none is given, trained at first use on the corpus and its machines: seconds.
 
-    It knows the corpus, not the world. For other text train your own on that text, or plug in a `HuggingFaceDetector`.
+    Among its human texts is a twin of every machine's text, so that it cannot go by the form of a document. It knows the corpus,
+    not the world. For other text train your own on that text, or plug in a `HuggingFaceDetector`.
     """
-    human = [d.text for d in generate(CorpusConfig(seed=103), n_documents=800)]
-    machine = [machine_text(name, seed) for name in MACHINES[:6] for seed in range(60)]
-    return train_detector(human, machine, _language_model(3, 104))
+    human = [d.text for d in generate(CorpusConfig(seed=103), n_documents=1200) if d.kind != "arithmetic"]
+    machine = [machine_text(name, seed) for name in MACHINES[:6] for seed in range(120)]
+    twins = [human_like(text, "train") for text in machine]
+    return train_detector([*human, *twins], machine, _language_model(4, 104, 3000), false_alarms=0.003)
 
 
 # %% ../chapters/02_quality.ipynb #154a262e
@@ -1568,16 +1607,22 @@ class MachineText:
     Args:
         model: text to probability; None for `machine_detector`, which knows the corpus only.
         threshold: probability from which a document goes.
-        min_words: documents with fewer words are not judged: a few words prove nothing, and sums are not language.
+        min_words: documents with fewer words are not judged: a few words prove nothing.
+        max_digits: documents in which a larger share of the characters are digits are not judged: the detector learned language, not sums.
     """
 
     model: Callable[[str], float] | None = None
     threshold: float = 0.5
     min_words: int = 12
+    max_digits: float = 0.05
     name: str = "machine_text"
 
     def __call__(self, document: Document) -> Document | Drop:
-        if sum(not part.isdigit() for part in units(document.text[:5000])) < self.min_words:
+        text = document.text[:5000]
+        digits = sum(character.isdigit() for character in text)
+        if sum(not part.isdigit() for part in units(text)) < self.min_words or digits > self.max_digits * len(
+            text
+        ):
             return document
         score = (self.model or machine_detector())(document.text)
         if score >= self.threshold:
@@ -1945,15 +1990,72 @@ def train_toxicity(
 
 
 # %% ../chapters/02_quality.ipynb #ed778580
-def toxic_examples(n: int, seed: int) -> tuple[list[str], list[float]]:
-    """Sentences out of `n` of the corpus's planted documents, with labels: the insult 1, stories and harmless towns 0."""
+KIND = {
+    "en": (
+        *(
+            "friend",
+            "treasure",
+            "hero",
+            "champion",
+            "genius",
+            "gem",
+            "helper",
+            "sweetheart",
+            "wonder",
+            "poet",
+            "dear",
+            "artist",
+        ),
+        *(
+            "dreamer",
+            "joy",
+            "fine cook",
+            "good sport",
+            "brave girl",
+            "clever boy",
+            "true friend",
+            "great help",
+        ),
+    ),
+    "zh": (
+        *(
+            "朋友",
+            "英雄",
+            "天才",
+            "小天使",
+            "好人",
+            "冠军",
+            "能手",
+            "开心果",
+            "好孩子",
+            "小可爱",
+            "机灵鬼",
+            "勇士",
+            "诗人",
+        ),
+        *("好帮手", "小画家", "聪明人", "好姑娘", "大力士", "歌唱家", "小老师"),
+    ),
+}  # what can stand where an insult stands, and is none
+
+
+def toxic_examples(n: int, seed: int, kind: int = 4) -> tuple[list[str], list[float]]:
+    """Sentences out of `n` of the corpus's planted documents, with labels: the insult 1, stories and harmless towns 0.
+
+    Args:
+        kind: so many times each insult is added with a word of `KIND` in its place, and label 0.
+    """
     texts, labels, config = [], [], CorpusConfig(seed=seed)
     for number in range(n):
-        text, _, truth = plant_toxic(config, 0, dice("toxic", seed, number), 0)
+        r = dice("toxic", seed, number)
+        text, lang, truth = plant_toxic(config, 0, r, 0)
         for line, last in ((line, line is lines[-1]) for lines in [text.split("\n")] for line in lines):
             parts = [part for part in sentences_of(line) if part.strip()]
             texts += parts
             labels += [float(last and truth["toxic"] and truth["word"] in part) for part in parts]
+            for part in parts:
+                if last and truth["toxic"] and truth["word"] in part:
+                    texts += [part.replace(truth["word"], word) for word in pick_some(r, KIND[lang], kind)]
+                    labels += [0.0] * kind
     return texts, labels
 
 
@@ -1961,6 +2063,8 @@ def toxic_examples(n: int, seed: int) -> tuple[list[str], list[float]]:
 @lru_cache(maxsize=1)
 def toxicity_classifier() -> ToxicityClassifier:
     """The classifier that is used where none is given, trained at first use on the corpus's nonce insults: seconds.
+
+    An insult that it has never seen passes: with kind words in the same frame it learns to go by the word.
 
     It knows the insults of a made-up world. For real text give `Toxicity` a real scorer: `profanity_score`, a
     `PerspectiveClient`, or `train_toxicity` on sentences that were labelled.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minillm import quality as q
 from minillm.check import check, laws
-from minillm.corpus import CorpusConfig, CorpusError, Document, dice, generate
+from minillm.corpus import TOXIC, CorpusConfig, CorpusError, Document, dice, generate
 
 DOCUMENTS = list(generate(CorpusConfig(seed=41, defects=0.4), n_documents=800))
 CLEAN = [d for d in DOCUMENTS if "defect" not in d.meta]
@@ -663,18 +663,44 @@ def test_the_detector_finds_known_machines_and_keeps_its_promise_on_humans():
         assert np.mean([score >= 0.5 for score in made]) > 0.8
 
 
-def test_an_unseen_crude_machine_is_found_and_a_shuffled_story_hardly():
-    lm = q._language_model(3, 104)
-    human = [d.text for d in generate(CorpusConfig(seed=43), n_documents=240)]
+def test_an_unseen_crude_machine_is_found_beside_its_human_twins_and_a_shuffled_story_hardly():
+    lm = q._language_model(4, 104, 3000)
+    human = [d.text for d in generate(CorpusConfig(seed=43), n_documents=400) if d.kind != "arithmetic"]
     made = {
-        name: [q.machine_text(name, n) for n in range(20)]
+        name: [q.machine_text(name, n) for n in range(60)]
         for name in ("loop", "markov", "ocr", "salad", "shuffle")
     }
-    others = [text for name in ("loop", "markov", "ocr") for text in made[name]]
-    detector = q.train_detector(human[:160], others, lm)
-    scores = [detector(text) for text in human[160:]]
-    assert q.auroc(scores, [detector(text) for text in made["salad"]]) > 0.9
-    assert q.auroc(scores, [detector(text) for text in made["shuffle"]]) < 0.93
+    twins = {name: [q.human_like(text, 0) for text in texts] for name, texts in made.items()}
+    others = ("loop", "markov", "ocr")
+    detector = q.train_detector(
+        human + [t for name in others for t in twins[name]], [t for name in others for t in made[name]], lm
+    )
+    found = {
+        name: q.auroc([detector.logit(t) for t in twins[name]], [detector.logit(t) for t in made[name]])
+        for name in ("salad", "shuffle")
+    }
+    assert found["salad"] > 0.9
+    assert found["shuffle"] < 0.9
+    assert np.mean([detector(t) >= 0.5 for name in made for t in twins[name]]) < 0.05
+
+
+def test_the_detector_does_not_accuse_the_form_of_a_single_paragraph():
+    detector = q.machine_detector()
+    stories = [d.text for d in generate(CorpusConfig(seed=45), n_documents=400) if d.kind == "stories"]
+    assert np.mean([detector(text.split("\n")[0]) >= 0.5 for text in stories]) < 0.05
+
+
+@pytest.mark.parametrize("machine", q.MACHINES)
+def test_a_human_twin_has_the_script_the_lines_and_the_length_and_is_genuine(machine):
+    for number in range(15):
+        text = q.machine_text(machine, ("twin", number))
+        twin = q.human_like(text, 0)
+        assert twin == q.human_like(text, 0) != text
+        assert q.has_han(twin) == q.has_han(text)
+        assert abs(twin.count("\n") - text.count("\n")) <= 1
+        if "\n" not in text:
+            assert len(q.units(twin)) == pytest.approx(len(q.units(text)), rel=0.16)
+            assert "\n" not in twin
 
 
 def test_machines_are_deterministic_and_unknown_ones_named():
@@ -767,6 +793,22 @@ def test_insults_go_and_towns_of_that_name_stay():
     for document in toxic:
         assert isinstance(step(document), q.Drop) == document.meta["toxic"], document.text
     assert sum(isinstance(step(d), q.Drop) for d in CLEAN) <= len(CLEAN) / 200
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["darling", "angel", "star", "sunshine", "marvel", "宝贝", "明星", "小太阳", "福星", "伙伴"],
+)
+def test_a_kind_word_that_was_never_trained_on_is_no_insult(kind):
+    assert kind not in [*q.KIND["en"], *q.KIND["zh"]]
+    texts, labels = q.toxic_examples(100, seed=77, kind=0)
+    insults = [text for text, label in zip(texts, labels, strict=True) if label]
+    scorer = q.toxicity_classifier()
+    lang = "zh" if q.has_han(kind) else "en"
+    there = [(text, word) for text in insults for word in TOXIC[lang] if word in text]
+    assert len(there) > 10
+    assert all(scorer(text) > 0.5 for text, _ in there)
+    assert sum(scorer(text.replace(word, kind)) > 0.5 for text, word in there) <= len(there) / 10
 
 
 def test_the_worst_sentence_counts():
