@@ -188,7 +188,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(
-    "step", [s for s in STEPS if not getattr(s, "engine", "n").startswith(("tra", "jus", "py3"))][:9], ids=str
+    "step",
+    [s for s in STEPS if not getattr(s, "engine", "n").startswith(("tra", "jus", "py3"))][:9],
+    ids=lambda step: step.name,
 )
 def test_time_grows_no_faster_than_hostile_text(step):
     step(Document("warm up"))
