@@ -466,10 +466,8 @@ def _plan(args: InfoArgs, models: dict[str, ModelConfig]) -> int:
         raise ValueError(f"gpus and gpu_gb must be at least 1 and above 0, got {args.gpus} and {args.gpu_gb}")
     for name, model in models.items():
         seq_len, total = args.seq_len or model.max_seq_len, count_parameters(model).total
-        print(
-            f"{name}: {total:,} parameters; GB on each GPU in bfloat16 with {args.batch_size} x {seq_len:,} tokens on each, "
-            f"* fits into {args.gpu_gb:g} GB"
-        )
+        print(f"{name}: {total:,} parameters, {args.batch_size} x {seq_len:,} tokens on each GPU, bfloat16")
+        print(f"GB on each GPU; * fits into {args.gpu_gb:g}")
         print(f"{'GPUs':>6}", *(f"{f'stage {stage}':>10} " for stage in range(4)))
         options = {"rows": args.batch_size, "seq_len": seq_len}
         activations = step_bytes(model, stage=0, world_size=1, **options)["activations"]
@@ -479,10 +477,12 @@ def _plan(args: InfoArgs, models: dict[str, ModelConfig]) -> int:
                 parts = step_bytes(model, stage=stage, world_size=n, **options)
                 needs.append(sum(parts.values()) / 1e9)
             print(f"{n:6}", *(f"{need:10.1f}{'*' if need <= args.gpu_gb else ' '}" for need in needs))
+        whole = 4 * total / 1e9
         print(
-            f"  of which activations {activations / 1e9:.1f} GB. Before it is shared out, every process has the whole model in "
-            f"float32: {4 * total / 1e9:.1f} GB{'' if 4 * total / 1e9 <= args.gpu_gb else ', which does not fit'}\n"
+            f"of which activations {activations / 1e9:.1f}; at the start each has the whole model in float32, ",
+            end="",
         )
+        print(f"{whole:.1f}{'' if whole <= args.gpu_gb else ': too much'}\n")
     print("Without what the loss, the libraries and fragmentation take: leave a tenth free.")
     return 0
 

@@ -128,6 +128,19 @@ def test_the_figures_of_the_paper():
     assert found == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
 
 
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_deepspeed_counts_two_bytes_more(world_size):
+    zero.import_deepspeed(torch.device("cpu"))
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate
+
+    n, largest = 10**9, 10**7
+    _, gpu, _ = estimate(
+        n, largest, num_gpus_per_node=world_size, cpu_offload=False, cpu_offload_params=False
+    )
+    ours = state_bytes(n, stage=3, world_size=world_size, gradient_bytes=4).total
+    assert gpu == pytest.approx(ours + 4 * largest, rel=1e-6)  # and one layer whole
+
+
 @pytest.mark.parametrize(("stage", "world_size"), [(4, 2), (-1, 2), (1, 0)])
 def test_a_stage_that_is_none_is_refused(stage, world_size):
     with pytest.raises(ValueError, match="stage must be 0, 1, 2 or 3"):
@@ -495,7 +508,7 @@ def test_any_engine_goes_on_where_any_other_stopped_on_any_number_of_processes(d
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("settings", [OURS[2], OURS[3], THEIRS[1], THEIRS[4]], ids=name_of)
+@pytest.mark.parametrize("settings", [OURS[3], THEIRS[1], THEIRS[4]], ids=name_of)
 def test_when_one_process_is_killed_the_others_say_so_and_the_run_goes_on(data, alone, tmp_path, settings):
     job, start = dataclasses.replace(settings, sharded=True), time.monotonic()
     with pytest.raises(WorkersFailed) as caught:
@@ -698,7 +711,7 @@ def test_the_plan_says_what_fits(capsys):
             assert float(cell.rstrip("*")) == pytest.approx(need, abs=0.05)
             assert cell.endswith("*") == (need <= 1)
     assert {cell.endswith("*") for cells in rows.values() for cell in cells} == {True, False}
-    assert f"{4 * count_parameters(model).total / 1e9:.1f} GB" in out
+    assert f"in float32, {4 * count_parameters(model).total / 1e9:.1f}" in out
 
 
 def test_the_page_on_scaling_shows_what_the_command_prints(capsys):
