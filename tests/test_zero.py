@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -267,6 +268,27 @@ def test_tensors_come_back_as_they_were_saved(data, kind):
     assert steps_of(again, loader) == expected
     with pytest.raises(CheckpointError, match="missing"):
         again.load_tensors({"model": {}, "optimizer": {}})
+    fresh, loader = kind(workers.build(data, CONFIG, SHAPE)[0], CONFIG), workers.build(data, CONFIG, SHAPE)[1]
+    for each in (fresh, again):  # weights alone: the optimizer begins anew
+        each.load_tensors({"model": saved["model"], "optimizer": {}})
+    loader.load_state_dict(state)
+    expected = steps_of(fresh, loader)
+    loader.load_state_dict(state)
+    assert steps_of(again, loader) == expected
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_frozen_parameters_come_back_too(kind):
+    engines = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = Transformer(SHAPE)
+        model.blocks[0].attn.requires_grad_(False)
+        engines.append(kind(model, CONFIG))
+    saved = engines[0].tensors()["model"]
+    engines[1].load_tensors({"model": {n: t.clone() for n, t in saved.items()}, "optimizer": {}})
+    for name, tensor in engines[1].tensors()["model"].items():
+        assert torch.equal(tensor, saved[name]), name
 
 
 def test_stage_3_can_be_evaluated_between_steps(data):
@@ -360,6 +382,9 @@ def test_a_process_that_fails_is_named_and_nobody_waits_for_it(function, said):
         run_processes(function, 2, 1, timeout_s=4.0)
     assert re.search(said, str(caught.value), re.DOTALL)
     assert time.monotonic() - start < 30
+    for process in multiprocessing.active_children():  # none may be left running
+        process.join(5.0)
+        assert not process.is_alive()
 
 
 @pytest.mark.distributed
