@@ -308,8 +308,6 @@ def cluster_jobs(
     def add(name: str, pipeline: list[Any], n_tasks: int) -> None:
         named = {"job_name": name} if kind == "slurm" else {}
         place = {"logging_dir": f"{out}/jobs/{len(jobs)}-{name}", "depends": jobs[-1] if jobs else None}
-        if kind == "ray":
-            place.pop("depends") if not jobs else None
         jobs.append(executor(pipeline=pipeline, tasks=n_tasks, **place, **named, **options))
 
     phases = plan(steps)
@@ -352,5 +350,5 @@ def _executor(kind: str) -> Any:
     if kind not in kinds:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(kinds)}")
     if kind == "ray":
-        need("ray", "clean")
+        need("ray", "ray")
     return kinds[kind]

@@ -409,6 +409,22 @@ def test_slurm_runs_the_same_jobs(shards, tmp_path, monkeypatch):
     assert "--dependency=afterok:1" in (tmp_path / "calls").read_text()
 
 
+@pytest.mark.slow
+def test_ray_runs_the_same_jobs(shards, tmp_path):
+    """A Ray cluster of this machine; `pip install 'minillm[ray]'` brings it."""
+    ray = pytest.importorskip("ray")
+    steps = (Same(), AtLeast(20))
+    clean(shards, steps, tmp_path / "one", report=False)
+    paths = {"PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": paths})
+    try:
+        through_datatrove(shards, tmp_path / "many", steps, tasks=3, kind="ray", workers=2)
+    finally:
+        ray.shutdown()
+    one, many = (list(read_documents(tmp_path / name / "documents")) for name in ("one", "many"))
+    assert one == many
+
+
 def test_cluster_jobs_are_checked(shards, tmp_path):
     from minillm.cluster import StepBlock, cluster_jobs
 
