@@ -885,9 +885,11 @@ def save_run(run: Run) -> Path | None:
     path = run.checkpoints / f"step-{run.step:08d}"
     if run.saved_at == run.step:
         return path
-    random = {"cpu": torch.get_rng_state()}
+    mine = {"cpu": torch.get_rng_state()}
     if run.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(run.device)
+        mine["cuda"] = torch.cuda.get_rng_state(run.device)
+    of_all = enumerate(run.engine.gather_objects(mine))
+    random = {f"{name}-{n}" if n else name: kept for n, each in of_all for name, kept in each.items()}
     counters = {name: getattr(run, name) for name in COUNTERS}
     state = {**run.settings(), "loader": run.loader.state_dict(), **counters}
     if run.engine.rank == 0:
@@ -936,9 +938,15 @@ def resume_run(run: Run) -> None:
     check_same_run(state, run.settings(), path)
     run.engine.load_tensors(groups)
     run.loader.load_state_dict(state["loader"])
-    torch.set_rng_state(groups["random"]["cpu"].cpu())
-    if "cuda" in groups["random"] and run.device.type == "cuda":
-        torch.cuda.set_rng_state(groups["random"]["cuda"].cpu(), run.device)
+    stored = groups["random"]  # a process that was not there before takes the state of the first one
+    random = {
+        name: stored.get(f"{name}-{run.engine.rank}", kept)
+        for name, kept in stored.items()
+        if "-" not in name
+    }
+    torch.set_rng_state(random["cpu"].cpu())
+    if "cuda" in random and run.device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"].cpu(), run.device)
     chosen = run.compiled
     for name in COUNTERS:
         setattr(run, name, state.get(name, getattr(run, name)))  # a checkpoint of an older version has fewer
@@ -1138,9 +1146,8 @@ def run_loop(
             if last or due(run.step, config.save_every):
                 save_run(run)
             if run.engine.total(float(len(caught))) and not last:  # all processes stop, or none
-                raise Interrupted(
-                    run.step, save_run(run), caught[0] if caught else "a signal to another process"
-                )
+                first = next(name for names in run.engine.gather_objects(caught) for name in names)
+                raise Interrupted(run.step, save_run(run), first)
 
 
 # %% ../chapters/13_train.ipynb #7fe8af25

@@ -16,9 +16,10 @@ import tqdm.std
 from minillm import checkpoint, cli
 from minillm.batches import Loader, TokenShards, write_shards
 from minillm.checkpoint import MiniLLMError
-from minillm.runtime import run_lock
+from minillm.runtime import World, process_group, run_lock
 from minillm.train import Interrupted, TrainConfig, batch_loss, evaluate_loss, load_batch, save_run, train
 from minillm.transformer import ModelConfig, Transformer
+from minillm.zero import EngineConfig, make_engine
 
 VOCAB = 64
 SHAPE = ModelConfig(
@@ -28,6 +29,7 @@ SETTINGS = {
     "steps": 40, "batch_size": 4, "seq_len": 32, "max_lr": 1e-2, "warmup_steps": 3,
     "log_every": 3, "eval_every": 8, "save_every": 4,
 }  # fmt: skip
+ALONE = World()
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.", "ctypes.")
 
 
@@ -50,15 +52,17 @@ def write_data(folder: str, seed: int = 0) -> None:
     write_shards(documents, folder, vocab_size=VOCAB, eos_id=0)
 
 
-def parts(data: str, config: TrainConfig) -> tuple[Transformer, Loader]:
+def parts(data: str, config: TrainConfig, world: World = ALONE) -> tuple[Transformer, Loader]:
     torch.manual_seed(123)
-    loader = Loader(TokenShards(data), batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed)
-    return Transformer(SHAPE), loader
+    share = {"rank": world.rank, "world_size": world.world_size}
+    rows = {"batch_size": config.batch_size, "seq_len": config.seq_len, "seed": config.seed}
+    return Transformer(SHAPE), Loader(TokenShards(data), **rows, **share)
 
 
 def noisy_loss(model, batch, n_targets):
-    """A loss that draws random numbers, so that a random state which is not restored shows."""
-    return batch_loss(model, batch, n_targets) * (1 + 0.1 * (torch.rand(()) - 0.5))
+    """A loss that draws random numbers, as many as the batch says, so that a random state which is not restored shows."""
+    noise = torch.rand(1 + int(batch.tokens.sum()) % 3)[-1]
+    return batch_loss(model, batch, n_targets) * (1 + 0.1 * (noise - 0.5))
 
 
 def spoiled(batch) -> bool:
@@ -104,11 +108,26 @@ def at_step(step: int, act):
     return lambda info: act() if info["step"] == step else None
 
 
-def run(run_dir: str, data: str, fails: str = "", pause: float = 0.0, on_step=None, **settings) -> int:
+def work(
+    run_dir: str,
+    data: str,
+    fails: str = "",
+    pause: float = 0.0,
+    on_step=None,
+    world: World = ALONE,
+    engine: EngineConfig | None = None,
+    **settings,
+) -> None:
     """Train in `run_dir`, from where it stands."""
     config = TrainConfig(**{**SETTINGS, **settings})
-    model, loader = parts(data, config)
-    held_out = Loader(TokenShards(data), batch_size=16, seq_len=32, packing="rows")
+    model, loader = parts(data, config, world)
+    joined = None if engine is None else make_engine(model, config, engine)
+    share = {"rank": world.rank, "world_size": world.world_size}
+    held_out = Loader(TokenShards(data), batch_size=16, seq_len=32, packing="rows", **share)
+
+    def evaluate(model):
+        loss = evaluate_loss(model, held_out.epoch_batches(), max_batches=1, engine=joined)
+        return {"held_out_nats": loss}
 
     def each(info):
         print(info["step"], flush=True)
@@ -116,18 +135,58 @@ def run(run_dir: str, data: str, fails: str = "", pause: float = 0.0, on_step=No
         if on_step is not None:
             on_step(info)
 
-    return status(
-        lambda: train(
-            model,
-            loader,
-            config,
-            run_dir=run_dir,
-            eval_fn=lambda m: {"held_out_nats": evaluate_loss(m, held_out.epoch_batches(), max_batches=1)},
-            on_step=each,
-            progress=False,
-            loss_fn=loss_that(fails) if fails else noisy_loss,
-        )
+    train(
+        model,
+        loader,
+        config,
+        run_dir=run_dir,
+        eval_fn=evaluate,
+        on_step=each,
+        progress=False,
+        engine=joined,
+        loss_fn=loss_that(fails) if fails else noisy_loss,
     )
+
+
+def run(run_dir: str, data: str, **options) -> int:
+    return status(lambda: work(run_dir, data, **options))
+
+
+def be_rank(rank: int, port: int, world_size: int = 2) -> None:
+    """Tell this process who it is, as torchrun does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def rank(
+    run_dir: str,
+    data: str,
+    rank: int,
+    port: int,
+    engine: dict | None = None,
+    dies_in_save: int = 0,
+    dies_at: int = 0,
+    limit: int = 0,
+    step: int = 0,
+    **options,
+) -> int:
+    """One of the processes of a run.
+
+    It may be told to die in its save of a number, at a request to the file system; or to write no large files from a
+    step on.
+    """
+    be_rank(rank, port)
+    chosen = EngineConfig(**(engine or {}))
+    if dies_in_save:
+        interfere_with_save(dies_in_save, dies_at)
+    if limit:
+        options["on_step"] = at_step(step, lambda: limit_files(limit))
+
+    def together():
+        with process_group(timeout_s=chosen.timeout_s) as world:
+            work(run_dir, data, world=world, engine=chosen, **options)
+
+    return status(together)
 
 
 def die_at(event: int) -> list[int]:
@@ -144,20 +203,30 @@ def die_at(event: int) -> list[int]:
     return count
 
 
-def die_in_save(run_dir: str, data: str, event: int, report: str, **settings) -> int:
-    """Train until the first save, which dies at a request to the file system; without `event`, write down how many there are."""
+def interfere_with_save(number: int, event: int, report: str = "") -> None:
+    """Let the save of that number die at a request to the file system; without `event`, write down how many there are."""
     import minillm.train as training
 
+    saves = [0]
+
     def save(run):
+        saves[0] += run.saved_at != run.step
+        if saves[0] != number:
+            return save_run(run)
         count = die_at(event)
         path = save_run(run)
-        if not event:
+        if report:
             Path(report).write_text(str(count[0]))
         count[0] = -1
         training.save_run = save_run
         return path
 
     training.save_run = save
+
+
+def die_in_save(run_dir: str, data: str, event: int, report: str, **settings) -> int:
+    """Train until the first save, and die in it."""
+    interfere_with_save(1, event, report)
     return run(run_dir, data, **settings)
 
 
@@ -188,13 +257,14 @@ def run_on_a_full_disk(run_dir: str, data: str, mount: str, left: int, step: int
     return run(run_dir, data, on_step=at_step(step, lambda: fill_disk(mount, left)))
 
 
-def run_with_small_files(run_dir: str, data: str, limit: int, step: int) -> int:
+def limit_files(n_bytes: int) -> None:
     import resource
 
-    def shrink():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
-    return run(run_dir, data, on_step=at_step(step, shrink))
+
+def run_with_small_files(run_dir: str, data: str, limit: int, step: int) -> int:
+    return run(run_dir, data, on_step=at_step(step, lambda: limit_files(limit)))
 
 
 def run_and_then(run_dir: str, data: str, command: list[str], step: int) -> int:
@@ -243,8 +313,10 @@ def run_while_the_clock_jumps(run_dir: str, data: str, seconds: float) -> int:
     )
 
 
-def command(words: list[str], closed_output: bool = False) -> int:
-    """The command line."""
+def command(words: list[str], closed_output: bool = False, rank: int = 0, port: int = 0) -> int:
+    """The command line; with a port as one of two processes that torchrun would start."""
+    if port:
+        be_rank(rank, port)
     if closed_output:
         read, write = os.pipe()
         os.close(read)
