@@ -101,7 +101,8 @@ def test_tuned_matrix_products_are_right_whatever_shape_and_stride():
 
 
 def test_matrix_products_are_left_alone_where_mkl_is_at_home(monkeypatch):
-    monkeypatch.setattr(runtime, "_kernels", [])  # a command that ran earlier in this process may have tuned it
+    # a command that ran earlier in this process may have tuned it
+    monkeypatch.setattr(runtime, "_kernels", [])
     monkeypatch.setattr(runtime, "_cpu_name", lambda: "Intel(R) Xeon(R) Processor")
     assert runtime.tune_matmul() is False
 
