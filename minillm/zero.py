@@ -1155,6 +1155,10 @@ class EngineConfig:
             )
         if self.offload and self.engine != "deepspeed":
             raise ValueError(f"offload is for engine deepspeed, got engine {self.engine!r}")
+        if self.engine == "fsdp2" and self.zero_stage < 2:
+            raise ValueError(
+                f"fsdp2 is ZeRO stage 2 or 3, got zero_stage={self.zero_stage}: use engine zero or deepspeed for others"
+            )
 
 
 # %% ../chapters/15_zero.ipynb #d866acd1

@@ -311,6 +311,7 @@ def test_stage_3_can_be_evaluated_between_steps(data):
         ({"zero_stage": 4}, "zero_stage 0 to 3"),
         ({"timeout_s": 0.0}, "timeout_s above 0"),
         ({"engine": "zero", "offload": True}, "offload is for engine deepspeed"),
+        ({"engine": "fsdp2", "zero_stage": 1}, "use engine zero or deepspeed"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, message):
@@ -322,7 +323,6 @@ def test_settings_that_make_no_sense_are_refused(options, message):
     ("settings", "config", "message"),
     [
         (EngineConfig(engine="zero", parameters="bfloat16"), CONFIG, "need products in bfloat16"),
-        (EngineConfig(engine="fsdp2", zero_stage=1), CONFIG, "use engine zero or deepspeed"),
         (
             EngineConfig(engine="zero", zero_stage=3),
             dataclasses.replace(CONFIG, compile="on"),
