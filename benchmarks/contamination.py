@@ -93,7 +93,7 @@ def answered(model: Transformer, tokenizer: BPETokenizer, item: Document) -> lis
 
 @torch.no_grad()
 def exposure(model: Transformer, tokenizer: BPETokenizer, number: int) -> float:
-    """log2(256 / rank) of a canary's loss among the losses of as many random codes: 8 bits is known by heart, 1 is chance."""
+    """log2(256 / rank) of a canary's loss among the losses of as many random codes: 8 bits is known by heart, 1.4 on average is chance."""
     true = canary(CORPUS, number)
     head, r = true.partition(": ")[0], dice("alternatives", number)
     texts = [true] + [
