@@ -1248,7 +1248,7 @@ def _different(documents: Iterable[Document]) -> Iterator[str]:
 
 
 def default_steps(config: CleanConfig, sources: Sequence[str] = ()) -> list[Any]:
-    """The steps of chapters 02 and 03 in their order, cheap ones before dear ones, and texts repaired before they are judged.
+    """The steps of chapters 02 and 03 in their order: texts are repaired before they are judged, and judged alone before they are compared.
 
     Args:
         config: the settings.
