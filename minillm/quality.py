@@ -208,7 +208,7 @@ def _cells(codec: str, rows: range, columns: Sequence[int]) -> set[str]:
     return {character for character in pairs if len(character) == 1}
 
 
-# Two standards that sorted Chinese by frequency of use; Python's codecs carry them, so no table is needed here.
+# Two standards with a first level of common characters, a second of rarer ones; Python's codecs carry them: no table needed.
 GB2312 = _cells("gb2312", range(0xB0, 0xF8), range(0xA1, 0xFF))
 BIG5 = _cells("big5", range(0xA4, 0xFA), [*range(0x40, 0x7F), *range(0xA1, 0xFF)])
 COMMON_HAN = _cells("gb2312", range(0xB0, 0xD8), range(0xA1, 0xFF)) | _cells(
@@ -1335,8 +1335,9 @@ FEATURES = (
 def machine_features(text: str, scorer: Scorer) -> np.ndarray:
     """What gives a machine away, one number for each of `FEATURES`.
 
-    Ranks in the top 1, 10, 100 are GLTR's three colours; log-rank is DetectGPT's baseline; burstiness is the spread between
-    sentences; the last two see repetition, which a model with a short memory cannot.
+    Shares of ranks in the top 1, 10, 100 are GLTR's measure (its own bounds are 10, 100, 1,000); log-rank is DetectGPT's
+    baseline; burstiness is the spread between runs of twelve tokens; the last two see repetition, which a model with a short
+    memory cannot.
 
     Args:
         text: the first 20,000 characters count.
