@@ -192,10 +192,7 @@ def gpu() -> str:
             f"**{about.get('gpu', about['device'])}**, torch {about['torch']}\n\n"
             + table(["work", "tokens/s", "MFU", "peak GiB", "TFLOP/s"], rows)
         )
-    return (
-        "\n\n".join(parts)
-        or "*No GPU has been measured yet: `python -m benchmarks.gpu` does it in eight minutes, and its file is drawn here.*"
-    )
+    return "\n\n".join(parts) or "*No GPU has been measured yet.*"
 
 
 # ---- goals ----------------------------------------------------------------------------------------------------------
@@ -259,13 +256,14 @@ def goals() -> str:
         )
     if not rows:
         return not_yet("make bench")
-    return table(
+    rated = table(
         ["", "measured", "goal", "reached"],
         [
             [what, f"{value:.2f}", f"{'≥' if more else '≤'} {goal:g}", "yes" if (value >= goal if more else value <= goal) else "**no**"]
             for what, value, goal, more in rows
         ],
     )  # fmt: skip
+    return f":::{{container}} narrow\n{rated}\n:::"
 
 
 def matmul_shares() -> dict[str, float]:

@@ -235,7 +235,9 @@ def alternative_text(source: str) -> str:
             }
             parts = [f"Figure: {'; '.join(titles)}"]
             parts += [
-                f"{'horizontal' if key == 'x' else 'vertical'} axis {label}" for key, label in axes.items()
+                f"{'horizontal' if key == 'x' else 'vertical'} axis {label}"
+                for key, label in axes.items()
+                if label
             ]
             return ", ".join(parts).replace("', '", ", ")
     return "Figure"

@@ -153,7 +153,7 @@ def _say(line: str) -> None:
 class GenerateArgs:
     """Continue a prompt with a trained model; without a prompt, read prompts from the terminal, a line each."""
 
-    prompt: Annotated[str | None, tyro.conf.Positional] = None
+    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = None
     """The text to continue."""
     model: Path = Path("runs/tiny")
     """A run's folder, or a model's: ours, or as LLaMA, ChatGLM and Baichuan were published."""
@@ -177,14 +177,25 @@ class GenerateArgs:
     """auto, cpu, cuda, cuda:1, mps."""
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "ice_text.model")
+
+
 def _load(folder: Path, device: Any) -> tuple[Any, Any]:
     """Model and tokenizer of a run, or of a folder that holds a model itself, in any format."""
     if (folder / "model" / "config.json").exists() or not (folder / "config.json").exists():
         from minillm.speedrun import load_run
 
+        if (folder / "params.json").exists():
+            raise ValueError(
+                f"{folder} is in Meta's own format: run `minillm convert {folder} OUT`, then --model OUT"
+            )
         return load_run(folder, device)
-    from minillm.zoo import load_folder
+    from minillm.zoo import OWN_TOKENIZER, load_folder
 
+    if not any((folder / name).exists() for name in (*TOKENIZERS, OWN_TOKENIZER)):
+        raise ValueError(
+            f"{folder} holds a model and no tokenizer ({', '.join(TOKENIZERS)}): put one beside it"
+        )
     return load_folder(folder, device=device)
 
 
@@ -336,9 +347,9 @@ def _tokenizer_train(args: TokenizerTrain) -> int:
 class ConvertArgs:
     """A published model (LLaMA, ChatGLM, Baichuan; Meta's files) into our format, or one of ours into its family's."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The model's folder, or a run's."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """A new folder."""
     dtype: Literal["as stored", "float32", "bfloat16", "float16"] = "as stored"
     """Of the weights."""
@@ -362,7 +373,7 @@ def _convert(argv: Sequence[str]) -> int:
 class InfoArgs:
     """Parameters, memory and FLOPs of a recipe, of a trained run, or of a published model."""
 
-    name: Annotated[str | None, tyro.conf.Positional] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = None
     """A recipe (tiny, small, m125, m350, b1, b7), a model of the zoo (llama2-70b, …), or the folder of a run or a model."""
     plan: bool = False
     """What a training step needs on each GPU, by number of GPUs and ZeRO stage; without a name for LLaMA-2's 7B, 13B and 70B."""
@@ -501,7 +512,9 @@ def _info(argv: Sequence[str]) -> int:
         names = [args.name] if args.name else ["llama2-7b", "llama2-13b", "llama2-70b"]
         return _plan(args, {name: _model_config(name) for name in names})
     if args.name is None:
-        raise ValueError("info needs the name of a recipe or the folder of a run or model")
+        raise ValueError(
+            "info needs a name: of a recipe, a published model such as llama2-7b, or the folder of a run or model"
+        )
     model = _model_config(args.name)
     seq_len = args.seq_len or model.max_seq_len
     count = count_parameters(model)

@@ -141,6 +141,8 @@ def test_directives_for_tools_do_not_reach_the_page():
 def test_a_figure_is_described_by_its_title_and_axes():
     cell = 'fig, ax = plot.figure("Loss", x="step", y="loss (nats)")\nplot.done(fig)'
     assert site.alternative_text(cell) == "Figure: Loss, horizontal axis step, vertical axis loss (nats)"
+    bars = 'fig, ax = plot.figure("Time", x="step (ms)", y="")'
+    assert site.alternative_text(bars) == "Figure: Time, horizontal axis step (ms)"
 
 
 def test_signatures_are_shown_as_they_are_written():

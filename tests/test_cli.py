@@ -222,6 +222,8 @@ def test_a_book_is_cut_into_passages_and_nothing_is_lost():
         (["tokenizer", "train", "nowhere.txt"], "nowhere.txt"),
         (["tokenizer", "fly"], "train | encode | decode"),
         (["info", "nowhere"], "'nowhere' is neither a recipe"),
+        (["info"], "a published model such as llama2-7b"),
+        (["pretrain", "--engine", "fsdp2", "--zero-stage", "1"], "fsdp2 is ZeRO stage 2 or 3"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
@@ -237,6 +239,15 @@ def test_an_unknown_option_exits_2(tmp_path):
     done = minillm("speedrun", "--nonsense", "1", cwd=tmp_path)
     assert done.returncode == 2
     assert "nonsense" in done.stdout + done.stderr
+
+
+def test_a_folder_that_cannot_talk_says_what_it_lacks(tmp_path, capsys):
+    (tmp_path / "params.json").write_text("{}")
+    assert cli.main(["generate", "hello", "--model", str(tmp_path)]) == 2
+    assert "run `minillm convert" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(["generate", "hello", "--model", str(tmp_path)]) == 2
+    assert "a model and no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["speedrun", "pretrain", "generate", "info", "tokenizer"])
