@@ -498,6 +498,11 @@ def _plan(args: InfoArgs, models: dict[str, ModelConfig]) -> int:
     return 0
 
 
+def _size(n_bytes: int | float) -> str:
+    """Bytes in GiB, or in MiB where they are fewer than one."""
+    return f"{n_bytes / 2**30:.3f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
+
+
 def _info(argv: Sequence[str]) -> int:
     if "--attention" in argv:
         return _info_attention(argv)
@@ -518,7 +523,6 @@ def _info(argv: Sequence[str]) -> int:
     model = _model_config(args.name)
     seq_len = args.seq_len or model.max_seq_len
     count = count_parameters(model)
-    gib = 2**30
     print(f"{args.name}: {count.total:,} parameters")
     for field in dataclasses.fields(count):
         print(f"  {field.name.replace('_', ' '):12} {getattr(count, field.name):>18,}")
@@ -529,12 +533,10 @@ def _info(argv: Sequence[str]) -> int:
             print(f"  {field.name:12} {value!s:>18}")
     print("memory")
     for bits in (32, 16, 8, 4):
-        print(f"  weights, {bits:2} bit {count.total * bits / 8 / gib:16.3f} GiB")
-    print(
-        f"  training in mixed precision, 16 bytes a parameter {16 * count.total / gib:.3f} GiB, and activations"
-    )
+        print(f"  weights, {bits:2} bit {_size(count.total * bits / 8):>20}")
+    print(f"  training in mixed precision, 16 bytes a parameter: {_size(16 * count.total)}, and activations")
     cache = kv_cache_bytes(model, batch_size=args.batch_size, n_tokens=seq_len)
-    print(f"  KV cache, 16 bit, {args.batch_size} x {seq_len:,} tokens {cache / gib:.4f} GiB")
+    print(f"  KV cache, 16 bit, {args.batch_size} x {seq_len:,} tokens: {_size(cache)}")
     print("compute")
     forward = flops_per_token(model, seq_len)
     print(f"  forward  {forward / 1e9:12.4f} GFLOP a token at {seq_len:,} tokens")
