@@ -84,9 +84,8 @@ def _lost_peers(rank: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if not isinstance(error, dist.DistError) and not any(
-            word in text for word in ("gloo", "Gloo", "Timed out")
-        ):
+        words = ("gloo", "Gloo", "Timed out", "Application timeout caused pair closure")
+        if not isinstance(error, dist.DistError) and not any(word in text for word in words):
             raise
         reason = text.strip().splitlines()[0]
         raise PeerLost(
@@ -110,7 +109,7 @@ def process_group(
 
     Args:
         device: GPUs talk through NCCL, everything else through gloo.
-        timeout_s: how long a collective waits for the others before it gives up.
+        timeout_s: how long a collective waits for the others before it gives up; while they connect, up to five times as long.
         always: make a group of one too, which FSDP2 and DeepSpeed need.
         init_method: where the processes find each other, in place of MASTER_ADDR and MASTER_PORT.
 
@@ -131,15 +130,12 @@ def process_group(
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
     with _lost_peers(rank):
-        dist.init_process_group(
-            backend,
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            **options,
-        )
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **options)
         try:
-            patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+            patient: Any = dist.new_group(backend="gloo", timeout=timeout)
+            # Only now: a process that dies while the group is made would let the others wait for days.
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=7), patient)
             yield World(rank=rank, world_size=world_size, local_rank=local_rank, patient=patient)
             dist.barrier()  # a process that leaves early would look like one that died
         finally:
