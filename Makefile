@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup speedrun test lab book text notebooks export execute check lint types unit nbval bench bench-full clean
+.PHONY: help setup speedrun test lab book text notebooks export execute check lint types unit faults nbval bench bench-full clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ types: $(READY)
 
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests $(ARGS)
+
+faults: $(READY) ## each fault a hundred times and more, into data/results/faults.json, which the book shows; a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --faults-rounds 100 --faults-table data/results/faults.json
 
 nbval: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg \

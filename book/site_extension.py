@@ -290,6 +290,8 @@ def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
     if "%CLEAN_" in text:
         for name, table in cleaning_tables().items():
             text = text.replace(name, table)
+    if docname == "faults":
+        text = re.sub(r"(?m)^%FAULTS (\w+)%$", lambda match: faults_table(match[1]), text)
     if docname == "references":
         cited = citations(chapters)
         text = re.sub(
@@ -324,6 +326,21 @@ def cleaning_tables() -> dict[str, str]:
     machine = record["machine"]
     cost += ["", f"Measured by `{record['command']}` on {machine.get('cpu', 'this machine')}."]
     return {"%CLEAN_TRUTH%": "\n".join(truth), "%CLEAN_COST%": "\n".join(cost)}
+
+
+def faults_table(part: str) -> str:
+    """A part of faults.md, from what `make faults` tried: the rows of a test file, or their summary."""
+    record = json.loads((ROOT / "data" / "results" / "faults.json").read_text(encoding="utf-8"))
+    rows, machine = record["faults"], record["machine"]
+    if part == "summary":
+        return (
+            f"**{len(rows)} faults, {sum(row['tried'] for row in rows):,} tries**, in {record['seconds'] / 60:.0f} minutes on "
+            f"{machine['cpu']}, {machine['cpu_cores']} cores, torch {machine['torch']}, by `{record['command']}`."
+        )
+    rows = [row for row in rows if row["test"].startswith(f"{part}.py::")]
+    lines = ["| fault | tried | outcome |", "|---|--:|---|"]
+    lines += [f"| {row['fault']} | {row['tried']:,} | {row['outcome']} |" for row in rows]
+    return "\n".join(lines)
 
 
 def cited_in(chapters: list[Chapter]) -> str:
@@ -637,7 +654,7 @@ def always_read(app: Sphinx, env: Any, added: set[str], changed: set[str], remov
     """Pages made from the chapters are read again when there is a change in any."""
     return [
         name
-        for name in ("index", "notation", "references", "glossary", "benchmarks")
+        for name in ("index", "notation", "references", "glossary", "benchmarks", "faults")
         if name in env.found_docs
     ]
 

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 def pytest_addoption(parser):
     group = parser.getgroup("faults", "the fault suite, tests/faults")
-    group.addoption("--faults-rounds", type=int, default=10, help="how often each random fault is tried")
+    group.addoption("--faults-rounds", type=int, default=5, help="how often each random fault is tried")
     group.addoption(
         "--faults-table", default="", help="write what was tried, and the outcome, to this JSON file"
     )

@@ -8,7 +8,7 @@ import time
 import pytest
 
 pytest.register_assert_rewrite("harness")
-from harness import Zygote, contents  # noqa: E402
+from harness import HOW, TABLE, Zygote, contents  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -64,12 +64,29 @@ def disk(tmp_path):
 # ---------------------------------------------------------------- the table
 
 
+@pytest.fixture
+def table(rows, request):
+    """`table(fault, tried, outcome)`: called by a test once its claims hold.
+
+    Unless the table is being made, by `--faults-table FILE`, the fault must have its row in the one that the book shows.
+    """
+    test = f"{request.path.name}::{request.function.__name__}"
+
+    def book(fault, tried, outcome):
+        assert tried > 0
+        if not request.config.getoption("--faults-table"):
+            shown = [row["fault"] for row in json.loads(TABLE.read_text(encoding="utf-8"))["faults"]]
+            assert fault in shown, f"{fault!r} is not in {TABLE.name}: `{HOW}` makes it anew"
+        rows.append({"fault": fault, "tried": tried, "outcome": outcome, "test": test})
+
+    return book
+
+
 @pytest.fixture(scope="session")
-def table(request):
-    """`table(fault, tried, outcome)`: called by a test once its claims hold. Written with `--faults-table FILE`."""
-    rows, start = [], time.monotonic()
-    yield lambda fault, tried, outcome: rows.append({"fault": fault, "tried": tried, "outcome": outcome})
-    path = request.config.getoption("--faults-table")
+def rows(request):
+    """The rows of the table; written at the end, if that was asked for."""
+    rows, start, path = [], time.monotonic(), request.config.getoption("--faults-table")
+    yield rows
     if path:
         from minillm.checkpoint import atomic_write
         from minillm.runtime import describe_machine

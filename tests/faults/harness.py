@@ -14,6 +14,8 @@ import torch
 from minillm.checkpoint import latest_checkpoint, load_checkpoint
 
 HERE = Path(__file__).parent
+TABLE = HERE.parents[1] / "data" / "results" / "faults.json"
+HOW = "make faults"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -21,24 +23,28 @@ class Child:
     """A process of the suite."""
 
     def __init__(self, zygote, pid, log):
-        self.zygote, self.pid, self.log = zygote, pid, log
+        self.zygote, self.pid, self.log, self.code = zygote, pid, log, None
 
     def send(self, number=signal.SIGKILL):
         os.kill(self.pid, number)  # the zygote has not waited for it: the number belongs to no other process
 
     def wait(self, timeout=60.0):
         """Its exit status; None if it still runs."""
-        return self.zygote.ask({"wait": self.pid, "timeout": timeout})
+        if self.code is None:
+            self.code = self.zygote.ask({"wait": self.pid, "timeout": timeout})
+        return self.code
 
     def output(self):
         return self.log.read_text() if self.log.exists() else ""
 
-    def until(self, enough, timeout=60.0):
+    def until(self, enough, timeout=60.0, or_its_end=False):
         """Wait until its output is enough."""
         end = time.monotonic() + timeout
         while not enough(self.output()):
+            if self.wait(0.005) is not None and not enough(self.output()):
+                assert or_its_end, f"it ended with {self.code}: {self.output()}"
+                return
             assert time.monotonic() < end, self.output()
-            time.sleep(0.005)
 
     def until_line(self, step):
         """Wait until it has said that this step is done, or a later one."""
@@ -106,3 +112,33 @@ def assert_same(run_dir, whole):
 
 def leftovers(run_dir):
     return [str(path.relative_to(run_dir)) for path in run_dir.rglob(".*.tmp")]
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def pretrain_words(runs, *more):
+    """`minillm pretrain` of a small model, to be killed: 30 steps, which write `runs/tiny/`."""
+    return [
+        *("pretrain", "--data.documents", "300", "--data.held-out", "30", "--train.steps", "30"),
+        *(
+            "--train.batch-size",
+            "4",
+            "--train.seq-len",
+            "64",
+            "--model.max-seq-len",
+            "64",
+            "--model.dim",
+            "32",
+        ),
+        *("--model.n-layers", "2", "--model.n-heads", "2", "--model.n-kv-heads", "1"),
+        *("--model.hidden-dim", "64", "--tokenizer.vocab-size", "400", "--model.vocab-size", "400"),
+        *("--train.save-every", "5", "--train.log-every", "1", "--train.warmup-steps", "2", "--minutes", "0"),
+        *("--quiet", "--device", "cpu", "--dtype", "float32", "--runs", str(runs), *map(str, more)),
+    ]
+
+
+def steps_logged(run_dir):
+    """How far a run is, by its metrics."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

@@ -37,6 +37,21 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_does_harm(zygote, data
     )
 
 
+def test_a_loss_that_leaps_stops_the_run_before_it_does_harm(zygote, data, table, tmp_path):
+    for _ in range(2):  # the same batch comes again, and leaps again
+        code, output = zygote.do("run", run_dir=tmp_path, data=data, fails="leap", spike=20.0, steps=60)
+        assert code == 2
+        assert ": a leap: loss" in output
+    assert len(list((tmp_path / "bad-steps").iterdir())) == 1
+    code, output = zygote.do("run", run_dir=tmp_path, data=data, fails="leap", **SKIP)
+    assert code == 0, output
+    table(
+        "a loss that leaps",
+        2,
+        "with `spike` set, the same; resumed with `bad_step=skip` to the end",
+    )
+
+
 def test_a_bad_batch_is_skipped_recorded_and_counted(zygote, data, table, tmp_path):
     for fails in ("nan", "leap"):
         run_dir = tmp_path / fails
@@ -53,7 +68,7 @@ def test_a_bad_batch_is_skipped_recorded_and_counted(zygote, data, table, tmp_pa
         assert "NaN" not in (run_dir / "metrics.jsonl").read_text()
         assert metrics[-1]["loss_nats"] < metrics[0]["loss_nats"]
         table(
-            f"a {'leap of the loss' if fails == 'leap' else 'loss of nan'}, `bad_step=skip`",
+            f"a loss that is a {fails}, `bad_step=skip`",
             len(files),
             "update skipped, batch recorded, step counted in the metrics",
         )

@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from harness import assert_same
+from harness import assert_same, contents, pretrain_words, steps_logged
 
 from minillm.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 
@@ -159,3 +159,43 @@ def test_other_data_is_refused(zygote, data, stopped, table, tmp_path):
     assert code == 2
     assert "the loader's state was saved with data=" in output
     table("other data", 1, "status 2: the checksums of both")
+
+
+def test_a_damaged_token_file_is_not_trained_on(zygote, rounds, table, tmp_path):
+    """`minillm pretrain` reads every token file once before it trains, also when it goes on."""
+    words = pretrain_words(tmp_path / "runs")
+    child = zygote.start("command", words=words)
+    base, dice, found, n = tmp_path / "runs" / "tiny", random.Random(4), 0, max(4, rounds // 3)
+    while steps_logged(base) < 12:
+        assert child.wait(0.002) is None, child.output()
+    child.send()
+    assert child.wait() == -signal.SIGKILL
+    shutil.copytree(base, tmp_path / "base")
+    code, output = zygote.do("command", words=words)
+    assert code == 0, output
+    whole = contents(base)
+    for _ in range(n):
+        shutil.rmtree(base)
+        shutil.copytree(tmp_path / "base", base)
+        file = dice.choice(sorted(path for path in (base / "shards").rglob("*") if path.is_file()))
+        damage(file, dice)
+        before = tree(base)
+        code, output = zygote.do("command", words=words)
+        if code != 0:
+            found += 1
+            assert code == 2, output
+            assert str(file.parent) in output
+            assert tree(base) == before, "it went on"
+            shutil.rmtree(base / "shards")
+            code, output = zygote.do("command", words=words)
+            assert code == 0, output
+        else:
+            assert file.suffix == ".json", f"{file} is damaged, and was trained on"
+        assert_same(base, whole)
+    assert found > n // 2
+    table(
+        "a token file or its index truncated, emptied, overwritten, removed, or with one bit flipped",
+        n,
+        f"{found} found before a step: status 2, the file is named; without `shards/` the same command writes them again "
+        "and goes on. All ended in the same bits",
+    )

@@ -1,13 +1,15 @@
 """Full disks, disks that cannot be written, and the estimate that comes before."""
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 
 import pytest
-from harness import assert_same, leftovers
+from harness import assert_same, leftovers, pretrain_words
 
 from minillm.checkpoint import latest_checkpoint, verify_checkpoint
 
@@ -136,6 +138,33 @@ def test_a_recipe_that_will_not_fit_is_refused_before_its_first_stage(zygote, ta
         "too little room for the checkpoints",
         2,
         "refused before the first step, with what is needed and what is free",
+    )
+
+
+def test_time_and_room_are_estimated_before_a_long_run(zygote, table, tmp_path):
+    """A million steps in three seconds: it says how many it will make, how long that takes, and what a checkpoint needs."""
+    words = pretrain_words(tmp_path, "--train.steps", 1_000_000, "--train.save-every", 0, "--minutes", 0.05)
+    child = zygote.start("command", words=words)
+    child.until(lambda text: "as many as fit in 0.05 minutes" in text)
+    said = re.search(
+        r"([\d,]+) steps on cpu in float32: about (\d+) s, checkpoints of (\d+) MB", child.output()
+    )
+    assert not (tmp_path / "tiny" / "metrics.jsonl").exists(), "the estimate comes first"
+    assert child.wait() == 0, child.output()
+    steps, seconds, megabytes = (int(text.replace(",", "")) for text in said.groups())
+    lines = (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == steps < 1_000_000
+    took = json.loads((tmp_path / "tiny" / "stages.json").read_text())["training"]["seconds"]
+    assert steps == 100 or seconds <= 3
+    assert 0.25 * seconds < took < 4 * seconds + 1
+    checkpoint = latest_checkpoint(tmp_path / "tiny" / "checkpoints")
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert abs(size / 1e6 - megabytes) < 1
+    table(
+        "a run that would take longer than its `--minutes`",
+        1,
+        f"before the first step it says how many steps it will make, how long that takes (said {seconds} s, took "
+        f"{took:.1f} s), and the size of a checkpoint",
     )
 
 

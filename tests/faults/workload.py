@@ -203,6 +203,18 @@ def die_at(event: int) -> list[int]:
     return count
 
 
+def come_late(rank: int, port: int, timeout_s: float, seconds: float) -> int:
+    """All wait for the first process, which takes its time."""
+    be_rank(rank, port)
+
+    def together():
+        with process_group(timeout_s=timeout_s) as world:
+            time.sleep(0.0 if rank else seconds)
+            world.wait()
+
+    return status(together)
+
+
 def interfere_with_save(number: int, event: int, report: str = "") -> None:
     """Let the save of that number die at a request to the file system; without `event`, write down how many there are."""
     import minillm.train as training
