@@ -165,6 +165,15 @@ def test_a_process_that_dies_before_the_first_step_or_never_comes(
     )
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_while_the_groups_are_made(zygote, data, victim, tmp_path):
+    """The group in which one waits for data for days must not be made with that patience."""
+    order = {victim: {"dies_joining": True}}
+    children = start(zygote, data, tmp_path, "copies", each=order, timeout_s=TIMEOUT_S)
+    assert children[victim].wait() == -signal.SIGKILL, children[victim].output()
+    other_ends(children[1 - victim], time.monotonic(), 5 * TIMEOUT_S + GRACE_S)
+
+
 def test_a_process_that_hangs(zygote, data, whole_by_two, rounds, table, tmp_path):
     """SIGSTOP: it is there, and does nothing. While it lives, its folder is its own; woken, it sees that it is alone."""
     dice, slowest, n = random.Random(14), 0.0, max(2, rounds // 10)

@@ -168,14 +168,17 @@ def rank(
     dies_at: int = 0,
     limit: int = 0,
     step: int = 0,
+    dies_joining: bool = False,
     **options,
 ) -> int:
     """One of the processes of a run.
 
-    It may be told to die in its save of a number, at a request to the file system; or to write no large files from a
-    step on.
+    It may be told to die in its save of a number, at a request to the file system; to write no large files from a
+    step on; or to die when it has met the others, and the second group is made.
     """
     be_rank(rank, port)
+    if dies_joining:
+        torch.distributed.new_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     chosen = EngineConfig(**(engine or {}))
     if dies_in_save:
         interfere_with_save(dies_in_save, dies_at)
