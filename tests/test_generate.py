@@ -338,7 +338,9 @@ def test_prepared_in_float32_stays_within_the_logits_tolerance():
 
 @pytest.mark.parametrize("projection", [g.Projection, g.HalfProjection])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_prepared_bfloat16_errs_no_more_than_the_model(projection, batch):
+@pytest.mark.parametrize("native", [True, False])
+def test_prepared_bfloat16_errs_no_more_than_the_model(projection, batch, native, monkeypatch):
+    monkeypatch.setattr(g, "fast_bfloat16", lambda device: native)
     model = make(LLAMA_LIKE["chatglm2"], torch.float32)
     half = make(LLAMA_LIKE["chatglm2"], torch.bfloat16)
     with torch.no_grad():
