@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 
 from benchmarks.packing import RESULTS
@@ -22,7 +23,6 @@ from minillm.runtime import describe_machine, pick_device, seed_everything, tune
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEAD_DIMS = (64, 128)
-MAX_BYTES = {"cpu": 4 << 30, "cuda": 40 << 30}  # what the naive weights may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,17 @@ class Row:
 def shape(device: torch.device, length: int, head_dim: int) -> tuple[int, int]:
     """Batch size and heads: on a GPU 16K tokens and a width of 2,048, as the FlashAttention papers measure; else one."""
     return (max(1, 16384 // length), 2048 // head_dim) if device.type == "cuda" else (1, 1)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def naive_bytes(length: int, head_dim: int, device: torch.device, itemsize: int) -> int:
+    """At the peak of the backward pass: the weights, their gradient, that of the scores, and one between them."""
+    B, H = shape(device, length, head_dim)
+    return 4 * B * H * length**2 * itemsize
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -106,13 +117,13 @@ def run(device: torch.device, minutes: float) -> dict:
     left_out: list[dict] = []
     for length in LENGTHS:
         for head_dim in HEAD_DIMS:
-            B, H = shape(device, length, head_dim)
             for name in backends(device):
                 last = [row for row in rows if (row.head_dim, row.backend) == (head_dim, name)][-1:]
                 once = sum(4 * (row.forward_ms + row.backward_ms) / 1000 for row in last)
                 took = once * (2.2 if once > 5 else 4)  # the warm-up, and at least one sample or three
                 why = None
-                if name == "naive" and 3 * B * H * length**2 * dtype.itemsize > MAX_BYTES[device.type]:
+                needed = naive_bytes(length, head_dim, device, dtype.itemsize) if name == "naive" else 0
+                if needed > 0.8 * free_bytes(device):
                     why = "too much memory"
                 elif time.monotonic() + took > end or (length > LENGTHS[0] and not last):
                     why = "too long"
