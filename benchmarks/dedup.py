@@ -202,7 +202,7 @@ METHODS: dict[str, tuple[str | None, Callable[[list[str]], set[int]]]] = {
     "datasketch": ("datasketch", with_datasketch),
     "datatrove": ("datatrove", with_datatrove),
 }
-CUT = "shingles as strings, nothing else"
+CUT = "shingles as strings"
 
 
 def largest_similarity(texts: list[str], numbers: set[int]) -> dict[int, float]:
