@@ -154,6 +154,14 @@ def loading() -> str:
     return table(["checkpoint", "by", "seconds until every weight was used", "peak memory ÷ weights"], rows)
 
 
+def found(record: dict[str, Any], name: str) -> list[float | None]:
+    """The least recall at a similarity of 0.9, and the least precision, over all sizes; None where nothing is removed."""
+    runs = [run for run, *_ in record["runs"][name].values()]
+    return [
+        min((run[key] for run in runs if key in run), default=None) for key in ("recall_at_0.9", "precision")
+    ]
+
+
 def duplicates() -> str:
     """Near-duplicate removal."""
     record = stored("dedup-speed")
@@ -163,6 +171,7 @@ def duplicates() -> str:
     rows = [
         [
             name,
+            *("–" if share is None else f"{share:.3f}" for share in found(record, name)),
             *(
                 f"{s['documents_per_s'][str(n)]:,.0f}" if str(n) in s["documents_per_s"] else "–"
                 for n in sizes
@@ -170,7 +179,7 @@ def duplicates() -> str:
         ]
         for name, s in record["summary"].items()
     ]
-    return table(["documents/s", *(f"of {n:,}" for n in sizes)], rows)
+    return table(["documents/s", "recall", "precision", *(f"of {n:,}" for n in sizes)], rows)
 
 
 def gpu() -> str:
@@ -248,9 +257,9 @@ def goals() -> str:
         rows.append((f"loading {name}: peak memory ÷ weights", peak, 1.1, False))
     race = stored("dedup-speed")
     speeds = {
-        name: race["summary"][name]["documents_per_s"].get("100000", 0.0)
-        for name, sizes in race.get("runs", {}).items()
-        if all(run.get("recall_at_0.9", 0) >= 0.99 <= run.get("precision", 0) for run, *_ in sizes.values())
+        name: side["documents_per_s"].get("100000", 0.0)
+        for name, side in race.get("summary", {}).items()
+        if all(share is not None and share >= 0.99 for share in found(race, name))
     }
     if peers := [rate for name, rate in speeds.items() if not name.startswith("minillm")]:
         ratio = speeds.get("minillm", 0.0) / max(peers)

@@ -254,9 +254,9 @@ def test_the_page_shows_the_files_figures_and_what_is_not_reached(results):
     }
     (results / "beside-cpu.json").write_text(json.dumps(record))
     rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in page.goals().splitlines()}
-    assert rows["| train a: speed ÷ fastest peer"] == ["1.03", "≥ 1.05", "**no** |"]
-    assert rows["| decode b: speed ÷ transformers"] == ["1.60", "≥ 1.5", "yes |"]
-    assert rows["| train a: FLOP/s ÷ those of a large product"] == ["0.90", "≥ 0.85", "yes |"]
+    assert rows["| train a: speed ÷ fastest peer"] == ["1.03", "≥\N{NO-BREAK SPACE}1.05", "**no** |"]
+    assert rows["| decode b: speed ÷ transformers"] == ["1.60", "≥\N{NO-BREAK SPACE}1.5", "yes |"]
+    assert rows["| train a: FLOP/s ÷ those of a large product"] == ["0.90", "≥\N{NO-BREAK SPACE}0.85", "yes |"]
     training = page.speeds("Training", "train")
     assert "| train a | 100 | – | 2.00 | 1.03 | – |" in training
     assert training.count("<svg") == 1
@@ -273,7 +273,7 @@ def test_less_is_better_where_it_is(results):
     (results / "beside-cpu.json").write_text(
         json.dumps({"machine": MACHINE, "results": {"memory c": memory}})
     )
-    assert "| memory c: memory ÷ leanest peer | 1.50 | ≤ 1 | **no** |" in page.goals()
+    assert "| memory c: memory ÷ leanest peer | 1.50 | ≤\N{NO-BREAK SPACE}1 | **no** |" in page.goals()
     assert "| c | 3 | – | – | 2 | – |" in page.memory()
 
 
