@@ -256,7 +256,11 @@ def test_the_page_shows_the_files_figures_and_what_is_not_reached(results):
     rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in page.goals().splitlines()}
     assert rows["| train a: speed ÷ fastest peer"] == ["1.03", "≥\N{NO-BREAK SPACE}1.05", "**no** |"]
     assert rows["| decode b: speed ÷ transformers"] == ["1.60", "≥\N{NO-BREAK SPACE}1.5", "yes |"]
-    assert rows["| train a: FLOP/s ÷ those of a large product"] == ["0.90", "≥\N{NO-BREAK SPACE}0.85", "yes |"]
+    assert rows["| train a: FLOP/s ÷ those of a large product"] == [
+        "0.90",
+        "≥\N{NO-BREAK SPACE}0.85",
+        "yes |",
+    ]
     training = page.speeds("Training", "train")
     assert "| train a | 100 | – | 2.00 | 1.03 | – |" in training
     assert training.count("<svg") == 1
