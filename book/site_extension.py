@@ -306,9 +306,12 @@ def cleaning_tables() -> dict[str, str]:
     results = record["results"]
     sizes = sorted({int(n) for by_size in results.values() for n in by_size})
     run = results["everything"][max(results["everything"], key=int)]
-    truth = ["| step | to find | caught | recall | acted on | precision |", "|---|--:|--:|--:|--:|--:|"]
+    truth = [
+        "| step | to find | caught | recall | acted on | precision | sound |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
     truth += [
-        f"| {r['step']} | {r['planted']:,} | {r['caught']:,} | {r['recall']:.3f} | {r['acted']:,} | {r['precision']:.3f} |"
+        f"| {r['step']} | {r['planted']:,} | {r['caught']:,} | {r['recall']:.3f} | {r['acted']:,} | {r['precision']:.3f} | {r['sound']:,} |"
         for r in run["truth"]
     ]
     columns = [f"{n:,}" for n in sizes]

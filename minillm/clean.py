@@ -1148,8 +1148,9 @@ class CleanConfig:
 
 
 ORDER = (
-    *("extract", "repair", "language", "heuristics", "length", "machine", "pii", "toxicity"),
+    *("extract", "repair", "language", "heuristics", "length"),
     *("exact", "near", "sentences", "decontaminate"),
+    *("machine", "pii", "toxicity"),
 )
 CLEAN_RECIPES = {
     "web": CleanConfig(),
@@ -1248,7 +1249,7 @@ def _different(documents: Iterable[Document]) -> Iterator[str]:
 
 
 def default_steps(config: CleanConfig, sources: Sequence[str] = ()) -> list[Any]:
-    """The steps of chapters 02 and 03 in their order: texts are repaired before they are judged, and judged alone before they are compared.
+    """The steps of chapters 02 and 03: texts are repaired before they are judged, and the dearest steps see only what is left.
 
     Args:
         config: the settings.

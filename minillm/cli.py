@@ -697,10 +697,11 @@ def _say_clean(out: Path, result: dict[str, Any]) -> None:
         _say(f"{step['name']:14} " + " ".join(f"{n:10,}" for n in numbers) + f"  {reasons}")
     if truth := truth_table(result):
         _say(
-            f"\n{'step':14} {'to find':>8} {'caught':>8} {'recall':>8} {'acted on':>9} {'precision':>9}  (against the truth)"
+            f"\n{'step':14} {'to find':>8} {'caught':>8} {'recall':>8} {'acted on':>9} {'precision':>9} {'sound':>7}"
+            "  (against the truth; sound: had no defect at all)"
         )
         for row in truth:
-            counts = f"{row['planted']:8,} {row['caught']:8,} {row['recall']:8.3f} {row['acted']:9,} {row['precision']:9.3f}"
+            counts = f"{row['planted']:8,} {row['caught']:8,} {row['recall']:8.3f} {row['acted']:9,} {row['precision']:9.3f} {row['sound']:7,}"
             _say(f"{row['step']:14} {counts}")
     for problem in result["read"]["problems"][:5]:
         _say(f"not read: {problem}")

@@ -283,3 +283,23 @@ def test_the_readme_names_only_commands_that_exist():
         words = line.strip().lstrip("$ ").split()
         if words[:1] == ["minillm"] and len(words) > 1 and words[1].isalpha():
             assert words[1] in cli.COMMANDS, line
+
+
+def test_the_readme_quotes_the_stored_speedrun():
+    root = Path(__file__).parent.parent
+    found = json.loads((root / "data" / "results" / "speedrun.json").read_text(encoding="utf-8"))
+    marks = {
+        score["name"]: f"{score['correct'] / score['n']:.0%}".replace("%", " %") for score in found["scores"]
+    }
+    minutes = (
+        sum(found["seconds"][stage] for stage in ("corpus", "tokenizer", "shards", "pretrain", "score")) / 60
+    )
+    said = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    for quoted in (
+        f"({found['steps']:,} steps, {found['training']['tokens_per_s']:,.0f} tokens/s, {minutes:.1f} minutes)",
+        f"held-out sums {marks['addition, held out']} right, differences {marks['subtraction, held out']}",
+        f"asked about {marks['facts asked about in training, English']}",
+        f"{marks['story questions, English, held out']} in English and {marks['story questions, Chinese, held out']} in Chinese",
+        f"held-out loss {found['training']['held_out_nats']:.2f} nats a token",
+    ):
+        assert quoted in said, quoted
