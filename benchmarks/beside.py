@@ -137,6 +137,7 @@ class Bench:
         return path
 
     def close(self) -> None:
+        """End all sides; those that are asked again are started again."""
         for side in self.sides.values():
             side.close()
 
@@ -268,7 +269,7 @@ def run(args: Args) -> int:
     store.note(
         versions={"transformers": transformers.__version__}, float32_by="oneDNN" if tune_matmul() else "MKL"
     )
-    deadline, left = time.monotonic() + 60 * args.budget_min, 0
+    deadline, left, shape = time.monotonic() + 60 * args.budget_min, 0, ""
     with bench(threads=args.threads, sides=args.sides, pip_args=args.pip_args) as all_sides:
         for work in works():
             rounds = work.quick if args.quick else work.full
@@ -278,6 +279,9 @@ def run(args: Args) -> int:
                 left += 1
                 print(f"{work.name:34} no time left; --resume goes on from here")
                 continue
+            if shape not in ("", work.shape):
+                all_sides.close()  # they keep the memory that they once had, five times that of a large shape
+            shape = work.shape
             result = all_sides.measure(work, rounds)
             if work.kind == "train":
                 rate = all_sides.side("minillm").ask(all_sides.patience_s, do="matmul", dtype=work.dtype)
