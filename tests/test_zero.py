@@ -747,7 +747,7 @@ def test_the_page_on_scaling_shows_what_the_command_prints(capsys):
     ("words", "message"),
     [
         (["info", "--plan", "--gpus", "0"], "gpus and gpu_gb"),
-        (["info"], "needs the name"),
+        (["info"], "needs a name"),
         (["pretrain", "--engine", "zero", "--zero-stage", "7"], "zero_stage 0 to 3"),
         (["pretrain", "--offload"], "offload is for engine deepspeed"),
     ],
