@@ -269,6 +269,19 @@ def test_the_page_shows_the_files_figures_and_what_is_not_reached(results):
     assert "torch 2, litgpt 0.5" in page.machine()
 
 
+def test_a_tool_that_misses_pairs_is_no_rival_in_speed(results):
+    rates = {"minillm": 50.0, "careful": 10.0, "careless": 400.0, "cuts only": 900.0}
+    marks = {"minillm": (1.0, 1.0), "careful": (0.99, 1.0), "careless": (0.5, 1.0)}
+    runs = {
+        name: {"100000": [dict(zip(("recall_at_0.9", "precision"), marks.get(name, ())))]} for name in rates
+    }
+    summary = {name: {"documents_per_s": {"100000": rate}} for name, rate in rates.items()}
+    (results / "dedup-speed.json").write_text(json.dumps({"runs": runs, "summary": summary}))
+    assert "peer that finds them | 5.00 |" in page.goals()
+    assert "| careless | 0.500 | 1.000 | 400 |" in page.duplicates()
+    assert "| cuts only | – | – | 900 |" in page.duplicates()
+
+
 def test_less_is_better_where_it_is(results):
     memory = {
         "work": beside.asdict(replace(SMOKE, kind="memory")),

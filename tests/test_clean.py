@@ -822,6 +822,17 @@ def test_help_teaches(command, capsys):
         assert option in text
 
 
+def test_a_step_that_asks_a_model_sees_no_copies():
+    from minillm.clean import ORDER
+
+    before, after = (
+        {"extract", "repair", "exact", "near", "sentences", "decontaminate"},
+        {"machine", "toxicity"},
+    )
+    assert max(map(ORDER.index, before)) < min(map(ORDER.index, after))
+    assert ORDER.index("near") < ORDER.index("decontaminate")  # a leak that was copied looks like a phrase
+
+
 def test_every_step_can_be_left_out_and_every_limit_set():
     from minillm.clean import ORDER, CleanConfig, HeuristicsOptions, default_steps
 
