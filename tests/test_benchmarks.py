@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import beside, gpu, peers
+from benchmarks.speedrun import figures
 from benchmarks.store import Store
 from minillm.transformer import ModelConfig, flops_per_token
 
@@ -267,6 +268,30 @@ def test_the_page_shows_the_files_figures_and_what_is_not_reached(results):
     assert "decode b" not in training
     assert "nanoGPT (not on PyPI)" in page.machine()
     assert "torch 2, litgpt 0.5" in page.machine()
+
+
+def test_the_figures_of_a_speedrun_count_each_stage_once(tmp_path):
+    files = {
+        "stages": {
+            "counts": {"train": 3},
+            "steps": 7,
+            "training": {"seconds": 8.0},
+            "pretrain": {"what": "held-out loss", "seconds": 9.0},
+        },
+        "scores": {
+            "training": {"held_out_nats": 0.5},
+            "decode_tokens_per_s": 2.0,
+            "peak_memory_bytes": 3,
+            "scores": [{"name": "sums", "n": 4, "correct": 1, "accuracy": 0.25, "wrong": None}],
+        },
+        "config": {"recipe": "tiny"},
+    }
+    for name, record in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    found = figures(tmp_path)
+    assert found["seconds"] == {"pretrain": 9.0}  # training is a part of it
+    assert (found["steps"], found["recipe"]) == (7, "tiny")
+    assert found["scores"] == [{"name": "sums", "n": 4, "correct": 1}]
 
 
 def test_a_tool_that_misses_pairs_is_no_rival_in_speed(results):
