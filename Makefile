@@ -41,14 +41,14 @@ types: $(READY)
 	$(BIN)/basedpyright --level error
 
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 tests $(ARGS)
 
 faults: $(READY) ## each fault a hundred times and more, into data/results/faults.json, which the book shows; a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --faults-rounds 100 --faults-table data/results/faults.json
 
 nbval: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg \
-	  --nbval-cell-timeout=300 -n 2 --dist loadfile --durations=5 $(CHAPTERS)
+	  --nbval-cell-timeout=300 -n 2 --dist loadfile --max-worker-restart 0 --durations=5 $(CHAPTERS)
 
 lab: $(READY) ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab chapters

@@ -46,6 +46,10 @@ class Child:
                 return
             assert time.monotonic() < end, self.output()
 
+    def until_logged(self, run_dir, step):
+        """Wait until the metrics of its run have reached a step."""
+        self.until(lambda text: steps_logged(run_dir) >= step)
+
     def until_line(self, step):
         """Wait until it has said that this step is done, or a later one."""
         self.until(lambda text: any(line.isdigit() and int(line) >= step for line in text.splitlines()))

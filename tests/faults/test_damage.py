@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from harness import assert_same, contents, pretrain_words, steps_logged
+from harness import assert_same, contents, pretrain_words
 
 from minillm.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 
@@ -166,8 +166,7 @@ def test_a_damaged_token_file_is_not_trained_on(zygote, rounds, table, tmp_path)
     words = pretrain_words(tmp_path / "runs")
     child = zygote.start("command", words=words)
     base, dice, found, n = tmp_path / "runs" / "tiny", random.Random(4), 0, max(4, rounds // 3)
-    while steps_logged(base) < 12:
-        assert child.wait(0.002) is None, child.output()
+    child.until_logged(base, 12)
     child.send()
     assert child.wait() == -signal.SIGKILL
     shutil.copytree(base, tmp_path / "base")

@@ -239,6 +239,14 @@ def test_leftovers_of_killed_writes_are_removed_at_the_next_start(zygote, data, 
     assert_same(tmp_path, whole)
 
 
+def test_a_process_killed_in_a_bar_leaves_the_others_theirs(zygote, data, tmp_path):
+    """Of the suite itself: its processes are forks of one, and must share nothing that the dead could keep."""
+    dead = zygote.start("die_in_a_bar")
+    assert dead.wait() == -signal.SIGKILL
+    code, output = zygote.do("run_while_the_clock_jumps", run_dir=tmp_path, data=data, seconds=0.0)
+    assert code == 0, output
+
+
 def test_the_date_jumps_in_a_run(zygote, data, table, tmp_path):
     for number, seconds in enumerate((-86400.0, 86400.0)):
         run_dir = tmp_path / str(number)

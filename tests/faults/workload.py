@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -34,8 +35,12 @@ FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.", "ctypes.")
 
 
 def warm_up() -> None:
-    """Import and measure once, by two steps of training, what every run would. No thread may be left: they do not fork."""
+    """Import and measure once, by two steps of training, what every run would. No thread may be left: they do not fork.
+
+    Nor may anything be shared: tqdm's own lock is, between all forks, and the first one killed in a bar would keep it for ever.
+    """
     tqdm.std.tqdm.monitor_interval = 0
+    tqdm.std.tqdm.set_lock(threading.RLock())
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         write_data(f"{folder}/data")
         run(f"{folder}/run", f"{folder}/data", steps=2)
@@ -309,6 +314,12 @@ def run_with_an_orphan(run_dir: str, data: str) -> int:
         print(child, flush=True)
         time.sleep(30)
     return 0
+
+
+def die_in_a_bar() -> None:
+    """Killed while a progress bar is drawn."""
+    with tqdm.std.tqdm.get_lock():
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_while_the_clock_jumps(run_dir: str, data: str, seconds: float) -> int:
