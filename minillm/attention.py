@@ -8,6 +8,7 @@ __all__ = [
     "attend",
     "weights_by_block",
     "products_in",
+    "attend_by_block",
     "BlockAttention",
     "KVCache",
     "Attention",
@@ -17,6 +18,7 @@ __all__ = [
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -205,12 +207,13 @@ def attend(
         return F.scaled_dot_product_attention(q.reshape(B, K, group, Dh), k, v, attn_mask=bias).reshape(
             B, H, 1, Dh
         )
-    causal = bias is None and not sees_all
-    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     # Measured: below, calls cost more than products, above, the library's kernel is as fast. A compiler would unroll the loop.
-    least = 128 if q.element_size() > 2 else 64
-    if trained and q.device.type == "cpu" and least <= T and S <= 1024 and not torch.compiler.is_compiling():
-        return BlockAttention.apply(q, k, v, bias, mask.causal and mask.prefix is None)  # type: ignore[return-value]
+    least, most = (128, 1024) if q.element_size() > 2 else (64, 8192)
+    if q.device.type == "cpu" and least <= T and most >= S and not torch.compiler.is_compiling():
+        trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        blocks = BlockAttention.apply if trained else attend_by_block
+        return blocks(q, k, v, bias, mask.causal and mask.prefix is None)  # type: ignore[return-value]
+    causal = bias is None and not sees_all
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=group > 1)
 
 
@@ -218,38 +221,52 @@ def attend(
 def weights_by_block(
     q: Float[Tensor, "B H T Dh"],
     k: Float[Tensor, "B K S Dh"],
+    v: Float[Tensor, "B K S Dh"],
     bias: Float[Tensor, "..."] | None,
     causal: bool,
-) -> Iterator[tuple[slice, slice, Float[Tensor, "N R Dh"], Float[Tensor, "N E Dh"], Float[Tensor, "N R E"]]]:
-    """The softmax weights of some rows of the batch and one block of queries at a time.
+) -> Iterator[
+    tuple[
+        tuple[slice, slice, slice, slice],
+        Float[Tensor, "N R Dh"],
+        Float[Tensor, "N E Dh"],
+        Float[Tensor, "N E Dh"],
+        Float[Tensor, "N R E"],
+    ]
+]:
+    """The softmax weights of some rows of the batch, some kv heads, and one block of queries at a time.
 
     Args:
-        q, k, bias: as in `attend`; the bias is (1 or B, 1 or H, T, S).
+        q, k, v, bias: as in `attend`; the bias is (1 or B, 1 or H, T, S).
         causal: no query sees a later column, whatever the bias says: those keys are left out.
 
     Yields:
-        The rows, the block's queries, scaled queries of each row's kv heads, the keys they may see, and the weights.
+        Where the block is in (B, K, H / K, T); and for each of its N pairs of row and kv head the scaled queries, the keys they may
+        see, their values, and the weights. All but the place in float32 at least.
     """
-    (B, H, T, Dh), S, wide = q.shape, k.shape[2], torch.promote_types(q.dtype, torch.float32)
-    size = (
-        64 if q.dtype == wide else 128
-    )  # measured; with the next line, a block's weights fit into the processor's cache
-    together = max(1, 2**17 // (H * size * S))
+    (B, H, T, Dh), (K, S), wide = q.shape, k.shape[1:3], torch.promote_types(q.dtype, torch.float32)
+    # Measured: tall products for 16-bit units, four blocks at least, so that causality saves work, and 1 MiB of weights in the cache.
+    size = 64 if q.dtype == wide else max(16, min(max(64, T // 4), 256 // (H // K)))
+    fit = max(1, 2**18 // (H // K * size * S))
+    n_rows, n_heads = max(1, fit // K), min(K, fit)
     future = torch.full((size, size), -math.inf, dtype=wide, device=q.device).triu_(1)
-    for first in range(0, B, together):
-        rows = slice(first, first + together)
-        keys = k[rows].to(wide).flatten(0, 1)
+    q = q.unflatten(1, (K, -1))
+    if bias is not None:
+        bias = (bias.unflatten(1, (K, -1)) if bias.shape[1] > 1 else bias[:, None]).expand(B, K, -1, -1, -1)
+    for row, head in product(range(0, B, n_rows), range(0, K, n_heads)):
+        rows, heads = slice(row, row + n_rows), slice(head, head + n_heads)
+        keys, values = (x[rows, heads].to(wide).flatten(0, 1) for x in (k, v))
         for start in range(0, T, size):
             block = slice(start, min(start + size, T))
             n_queries, seen = block.stop - start, S - T + block.stop if causal else S
-            queries = (q[rows, :, block].to(wide) * Dh**-0.5).reshape(len(keys), -1, Dh)
+            at = rows, heads, slice(None), block
+            queries = (q[at].to(wide) * Dh**-0.5).reshape(len(keys), -1, Dh)
             scores = torch.bmm(queries, keys[:, :seen].transpose(1, 2))
-            by_head = scores.view(-1, H, n_queries, seen)
+            by_head = scores.view(*q[at].shape[:-1], seen)
             if bias is not None:
-                by_head += (bias[rows] if len(bias) > 1 else bias)[:, :, block, :seen]
+                by_head += bias[at][..., :seen]
             elif causal:
                 by_head[..., seen - n_queries :] += future[:n_queries, :n_queries]
-            yield rows, block, queries, keys[:, :seen], scores.softmax(-1)
+            yield at, queries, keys[:, :seen], values[:, :seen], scores.softmax(-1)
 
 
 # %% ../chapters/08_attention.ipynb #b803090f
@@ -267,37 +284,47 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 # %% ../chapters/08_attention.ipynb #66ca825a
+def attend_by_block(
+    q: Float[Tensor, "B H T Dh"],
+    k: Float[Tensor, "B K S Dh"],
+    v: Float[Tensor, "B K S Dh"],
+    bias: Float[Tensor, "..."] | None,
+    causal: bool,
+) -> Float[Tensor, "B H T Dh"]:
+    """`attend` on a CPU, for lengths at which a block's weights fit into the cache; arguments as in `weights_by_block`."""
+    B, H, T, Dh = q.shape
+    out = q.new_empty(B, T, H, Dh).transpose(1, 2)
+    by_group = out.unflatten(1, (k.shape[1], -1))
+    with products_in(q.dtype):
+        for at, _, _, values, p in weights_by_block(q, k, v, bias, causal):
+            by_group[at] = torch.bmm(p, values).view(by_group[at].shape)
+    return out
+
+
+# %% ../chapters/08_attention.ipynb #92bb5a56
 class BlockAttention(torch.autograd.Function):
-    """Attention for training on a CPU: keeps q, k and v for the gradient, and computes the weights again (chapter 08)."""
+    """`attend_by_block` for training: keeps q, k and v for the gradient, and computes the weights again (chapter 08)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)
         ctx.causal = causal
-        B, H, T, Dh = q.shape
-        out = q.new_empty(B, T, H, Dh).transpose(
-            1, 2
-        )  # the layout in which the heads are joined without a copy
-        with products_in(q.dtype):
-            for rows, block, _, keys, p in weights_by_block(q, k, bias, causal):
-                values = v[rows, :, : keys.shape[1]].to(p.dtype).flatten(0, 1)
-                out[rows, :, block] = torch.bmm(p, values).view(-1, H, block.stop - block.start, Dh)
-        return out
+        return attend_by_block(q, k, v, bias, causal)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (q, k, v, bias) = grads, ctx.saved_tensors
-        H, K, Dh, wide = q.shape[1], k.shape[1], q.shape[3], torch.promote_types(q.dtype, torch.float32)
+        K, Dh, wide = k.shape[1], q.shape[3], torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        grad, dq_by_group = grad.unflatten(1, (K, -1)), dq.unflatten(1, (K, -1))
         with products_in(q.dtype):
-            for rows, block, queries, keys, p in weights_by_block(q, k, bias, ctx.causal):
-                n_queries, seen = block.stop - block.start, keys.shape[1]
-                do = grad[rows, :, block].to(wide).reshape(queries.shape)
-                dp = torch.bmm(do, v[rows, :, :seen].to(wide).flatten(0, 1).transpose(1, 2))
-                ds = torch._softmax_backward_data(dp, p, -1, wide)
-                dq[rows, :, block] = torch.bmm(ds, keys).view(-1, H, n_queries, Dh).mul_(Dh**-0.5)
-                dk[rows, :, :seen] += torch.bmm(ds.transpose(1, 2), queries).view(-1, K, seen, Dh)
-                dv[rows, :, :seen] += torch.bmm(p.transpose(1, 2), do).view(-1, K, seen, Dh)
+            for at, queries, keys, values, p in weights_by_block(q, k, v, bias, ctx.causal):
+                seen = *at[:2], slice(keys.shape[1])
+                do = grad[at].to(wide).reshape(queries.shape)
+                ds = torch._softmax_backward_data(torch.bmm(do, values.transpose(1, 2)), p, -1, wide)
+                dq_by_group[at] = torch.bmm(ds, keys).view(grad[at].shape).mul_(Dh**-0.5)
+                dk[seen] += torch.bmm(ds.transpose(1, 2), queries).view(dk[seen].shape)
+                dv[seen] += torch.bmm(p.transpose(1, 2), do).view(dv[seen].shape)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 

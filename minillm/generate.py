@@ -11,11 +11,12 @@ __all__ = [
     "left_pad",
     "prefill",
     "Session",
+    "pack_weight",
+    "packed_product",
+    "packing_pays",
     "Projection",
     "Turns",
     "ScoreBias",
-    "pack_weight",
-    "packing_pays",
     "HalfProjection",
     "PreparedLayer",
     "obstacle",
@@ -49,7 +50,7 @@ from .attention import Attention, KVCache, Mask
 from .mlp import SwiGLU
 from .norm import RMSNorm
 from .position import ALiBi, Position, RoPE
-from .runtime import fast_bfloat16
+from .runtime import fast_bfloat16, mkl_idles
 from .transformer import NormHead, Transformer, flat_layout
 
 
@@ -261,8 +262,32 @@ class Session:
 
 
 # %% ../chapters/14_generate.ipynb #aef1326a
+def pack_weight(weight: Float[Tensor, "E D"]) -> Tensor:
+    """A copy of a weight in the order in which this processor multiplies fastest, for `packed_product` only."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+# %% ../chapters/14_generate.ipynb #617552f9
+def packed_product(
+    x: Float[Tensor, "B D"], packed: Tensor, bias: Float[Tensor, "E"] | None = None
+) -> Float[Tensor, "B E"]:
+    """x Wᵀ + b, with W packed by `pack_weight`."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+# %% ../chapters/14_generate.ipynb #74dac3c8
+def packing_pays(weight: Float[Tensor, "E D"]) -> bool:
+    """Whether packing pays: in bfloat16 where the processor has instructions for it, in float32 where MKL leaves half of it idle."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return fast_bfloat16(weight.device)
+    return weight.dtype == torch.float32 and mkl_idles()
+
+
+# %% ../chapters/14_generate.ipynb #fd11d31d
 class Projection:
-    """x Wᵀ + b with W stored (in, out), the layout in which a CPU multiplies a thin x fastest, and a norm's scale folded in.
+    """x Wᵀ + b with W laid out as a CPU multiplies a thin x fastest, and a norm's scale folded in.
 
     Args:
         weights: (out, in) matrices with one input; their outputs stand side by side.
@@ -278,20 +303,27 @@ class Projection:
         dtype: torch.dtype,
     ):
         weight = torch.cat([w.detach() for w in weights]).to(dtype)
-        self.weight = (weight if scale is None else weight * scale).t().contiguous()
+        weight = weight if scale is None else weight * scale
+        self.packed = packing_pays(weight)
+        self.weight = pack_weight(weight) if self.packed else weight.t().contiguous()
         self.bias = (
             None if biases[0] is None else torch.cat([b.detach() for b in biases if b is not None]).to(dtype)
         )
 
     def __call__(self, x: Float[Tensor, "B D"], out: Float[Tensor, "B E"]) -> None:
         """Write to `out`."""
-        if self.bias is None:
+        if self.packed:
+            out.copy_(packed_product(x, self.weight, self.bias))
+        elif self.bias is None:
             torch.mm(x, self.weight, out=out)
         else:
             torch.addmm(self.bias, x, self.weight, out=out)
 
     def add(self, x: Float[Tensor, "B D"], out: Float[Tensor, "B E"]) -> None:
         """Add to `out`."""
+        if self.packed:
+            out.add_(packed_product(x, self.weight, self.bias))
+            return
         out.addmm_(x, self.weight)
         if self.bias is not None:
             out.add_(self.bias)
@@ -355,19 +387,6 @@ class ScoreBias:
         return padding + slopes
 
 
-# %% ../chapters/14_generate.ipynb #f3b14ca0
-def pack_weight(weight: Float[Tensor, "E D"]) -> Tensor:
-    """A copy of a weight in the order in which this processor multiplies fastest, for `mkldnn._linear_pointwise` only."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-
-
-# %% ../chapters/14_generate.ipynb #09b1d6ad
-def packing_pays(weight: Float[Tensor, "E D"]) -> bool:
-    """Whether packing pays: bfloat16, on a processor that has instructions for it."""
-    here = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return here and weight.dtype == torch.bfloat16 and fast_bfloat16(weight.device)
-
-
 # %% ../chapters/14_generate.ipynb #64782d09
 class HalfProjection(Projection):
     """A `Projection` whose weights stay in 16 bits, for models too large for a wider copy; the sums around it are wide."""
@@ -389,7 +408,7 @@ class HalfProjection(Projection):
     def product(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
         x = (x if self.scale is None else x * self.scale).to(self.weight.dtype)
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return packed_product(x, self.weight, self.bias)
         if self.emulated and len(x) == 1:
             y = torch.mv(self.weight, x[0])[None]
             return y if self.bias is None else y + self.bias

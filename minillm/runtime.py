@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import logging
 import os
 import platform
@@ -33,6 +34,7 @@ __all__ = [
     "describe_machine",
     "fast_bfloat16",
     "folder_bytes",
+    "mkl_idles",
     "need_disk",
     "peak_memory_bytes",
     "pick_device",
@@ -211,27 +213,34 @@ def tune_allocator() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1) and mallopt(top_pad, 64 << 20))
 
 
+def mkl_idles() -> bool:
+    """Whether MKL, which multiplies float32 matrices for torch, leaves half of this processor idle where oneDNN does not.
+
+    MKL takes 256-bit instructions on AMD processors, also on those that have 512 bits; oneDNN, which torch has for 16-bit
+    products, takes what there is. Measured on one core of an EPYC: 107 and 240 GFLOP/s.
+    """
+    name = _cpu_name()
+    amd = name.startswith("AMD ") or "AuthenticAMD" in name
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return amd and wide and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
 _kernels: list[torch.library.Library] = []  # an override lasts as long as the library that made it
 
 
 def tune_matmul(*, force: bool = False) -> bool:
-    """Let oneDNN multiply float32 matrices where MKL leaves half of the processor idle. Returns whether it does.
+    """Let oneDNN multiply float32 matrices where MKL leaves half of the processor idle (`mkl_idles`). Returns whether it does.
 
-    MKL, which torch calls for float32, takes 256-bit instructions on AMD processors, also on those that have 512 bits;
-    oneDNN, which torch has for 16-bit products, takes what there is. Measured on one core of an EPYC: 107 and
-    240 GFLOP/s. This replaces the CPU kernels of `mm` and `addmm` for the whole process, so that every linear
-    layer and its gradient profit. Both libraries sum in float32. Call it before training.
+    This replaces the CPU kernels of `mm` and `addmm` for the whole process, so that every linear layer and its gradient
+    profit. Both libraries sum in float32. Call it before training.
 
     Args:
         force: also on other processors.
     """
     if _kernels:
         return True
-    name = _cpu_name()
-    idle = name.startswith("AMD ") or "AuthenticAMD" in name
-    idle = idle and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     able = torch.backends.mkldnn.is_available() and hasattr(torch.library, "get_kernel")  # torch >= 2.10
-    if not (idle or force) or not able:
+    if not able or not (force or mkl_idles()):
         return False
     product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -241,21 +250,25 @@ def tune_matmul(*, force: bool = False) -> bool:
             return False
         return a.dtype == b.dtype == torch.float32 and (other is None or other.dtype == torch.float32)
 
+    def dense(b: torch.Tensor) -> torch.Tensor:
+        # For a matrix with gaps between its rows oneDNN has nothing but plain loops: a thousand times as slow as a copy.
+        return b.t() if b.is_contiguous() or b.t().is_contiguous() else b.t().contiguous()
+
     def mm(keys: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if fits(a, b):
-            return product(a, b.t(), None, "none", [], "")
+            return product(a, dense(b), None, "none", [], "")
         return mkl["mm"].call_boxed(keys, a, b)
 
     def mm_out(keys: Any, a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         if fits(a, b, out) and out.shape == (a.shape[0], b.shape[1]):
-            return out.copy_(product(a, b.t(), None, "none", [], ""))
+            return out.copy_(product(a, dense(b), None, "none", [], ""))
         return mkl["mm.out"].call_boxed(keys, a, b, out=out)
 
     def addmm(
         keys: Any, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta=1, alpha=1
     ) -> torch.Tensor:
         if beta == alpha == 1 and bias.shape == b.shape[1:] and fits(a, b, bias):
-            return product(a, b.t(), bias, "none", [], "")
+            return product(a, dense(b), bias, "none", [], "")
         return mkl["addmm"].call_boxed(keys, bias, a, b, beta=beta, alpha=alpha)
 
     mkl = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "mm.out", "addmm")}
@@ -278,6 +291,7 @@ def set_up_logging(verbose: bool = False) -> None:
     logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
+@functools.cache
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

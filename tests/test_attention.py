@@ -8,7 +8,17 @@ from references import attention_reference, visible_reference
 from tolerances import assert_close, assert_low_precision
 from torch.nn import functional as F
 
-from minillm.attention import Attention, KVCache, Mask, attend, score_bias, visible, weights_by_block
+from minillm import attention
+from minillm.attention import (
+    Attention,
+    KVCache,
+    Mask,
+    attend,
+    attend_by_block,
+    score_bias,
+    visible,
+    weights_by_block,
+)
 from minillm.check import check, laws
 from minillm.position import ALiBi, RoPE, alibi_slopes
 
@@ -191,13 +201,39 @@ def test_training_by_blocks_keeps_no_weights_and_touches_no_later_key():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         attend(q, k, v, Mask())
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (q, k, v)}
-    blocks = [
-        (rows.start, block.start, keys.shape[1])
-        for rows, block, _, keys, _ in weights_by_block(q, k, None, True)
-    ]
-    assert blocks == [(0, 0, 64), (0, 64, 128), (0, 128, 150)]  # both rows fit together
-    q, k = (x.expand(9, -1, -1, -1).contiguous() for x in (q[:1], k[:1]))
-    assert {rows.start for rows, *_ in weights_by_block(q, k, None, True)} == {0, 3, 6}
+    places = [(at, keys.shape[1]) for at, _, keys, _, _ in weights_by_block(q, k, v, None, True)]
+    assert [(at[3].start, seen) for at, seen in places] == [(0, 64), (64, 128), (128, 150)]
+    assert {(at[0].start, at[1].start) for at, _ in places} == {
+        (0, 0)
+    }  # both rows, and all heads, fit together
+
+
+@pytest.mark.parametrize(("B", "S", "together"), [(20, 150, (3, 2)), (3, 1100, (1, 1))])
+def test_blocks_of_rows_and_heads_fit_into_the_cache(B, S, together):
+    q, k, v = random_qkv(B=B, H=8, K=2, T=S, S=S, Dh=8)
+    n_rows, n_heads = together
+    starts = {(at[0].start, at[1].start) for at, *_ in weights_by_block(q, k, v, None, True)}
+    assert starts == {(row, head) for row in range(0, B, n_rows) for head in range(0, 2, n_heads)}
+    for *_, weights in weights_by_block(q, k, v, None, True):
+        assert weights.nbytes <= max(2**20, 4 * 64 * S * 4)  # one kv head at least
+    assert_close(attend_by_block(q, k, v, None, True), plain_attention(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("H", "T", "S"), [(4, 128, 128), (64, 128, 128), (4, 130, 300)])
+def test_reading_by_blocks_equals_the_library(dtype, H, T, S, monkeypatch):
+    """Without gradients too, also where the queries are the last of the keys, and where many heads share a kv head."""
+    q, k, v = random_qkv(H=H, K=2, T=T, S=S, dtype=torch.float64)
+    low = [x.to(dtype) for x in (q, k, v)]
+    calls = []
+    whole = attention.attend_by_block
+    monkeypatch.setattr(attention, "attend_by_block", lambda *args: calls.append(1) or whole(*args))
+    bias = score_bias(visible(T, S), torch.float64, None)
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+    library = F.scaled_dot_product_attention(*low, attn_mask=bias.to(dtype), enable_gqa=True)
+    with torch.inference_mode():
+        assert_low_precision(attend(*low, Mask()), library, exact)
+    assert calls
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

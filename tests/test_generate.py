@@ -340,6 +340,26 @@ def test_prepared_in_float32_stays_within_the_logits_tolerance():
 NATIVE = [False, *[True] * bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())]
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_a_packed_matrix_multiplies_as_any_other(rows, biased, monkeypatch):
+    weights, scale = [torch.randn(40, 24), torch.randn(7, 24)], torch.rand(24)
+    biases = [torch.randn(len(w)) if biased else None for w in weights]
+    x, told = torch.randn(rows, 24), []
+    for packed in (False, True):
+        monkeypatch.setattr(g, "mkl_idles", lambda packed=packed: packed)
+        project = g.Projection(weights, biases, scale, torch.float32)
+        assert project.packed == (packed and torch.backends.mkldnn.is_available())
+        out = torch.full((rows, 47), torch.nan)
+        project(x, out)
+        told.append(out.clone())
+        project.add(x, out)
+        assert_close(out, 2 * told[-1])
+    assert_close(told[0], told[1])
+    assert not g.packing_pays(weights[0].double())
+    assert not g.packing_pays(weights[0].to("meta"))
+
+
 @pytest.mark.parametrize("projection", [g.Projection, g.HalfProjection])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("native", NATIVE)
