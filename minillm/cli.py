@@ -202,7 +202,7 @@ def _load(folder: Path, device: Any) -> tuple[Any, Any]:
 def _generate(argv: Sequence[str]) -> int:
     args = _parse(GenerateArgs, prog="minillm generate", args=list(argv))
     from minillm.generate import Sampler, stream_text
-    from minillm.runtime import pick_device
+    from minillm.runtime import pick_device, tune_matmul
 
     sampler = Sampler(
         temperature=args.temperature,
@@ -213,6 +213,7 @@ def _generate(argv: Sequence[str]) -> int:
     )
     if args.n < 1 or args.max_new_tokens < 1:
         raise ValueError(f"n and max_new_tokens must be at least 1, got {args.n} and {args.max_new_tokens}")
+    tune_matmul()
     model, tokenizer = _load(args.model, pick_device(args.device))
     model.eval()
 

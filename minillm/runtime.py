@@ -232,7 +232,7 @@ def tune_matmul(*, force: bool = False) -> bool:
     """Let oneDNN multiply float32 matrices where MKL leaves half of the processor idle (`mkl_idles`). Returns whether it does.
 
     This replaces the CPU kernels of `mm` and `addmm` for the whole process, so that every linear layer and its gradient
-    profit. Both libraries sum in float32. Call it before training.
+    profit. Both libraries sum in float32. Call it before training, or before reading long prompts.
 
     Args:
         force: also on other processors.
