@@ -277,19 +277,20 @@ def goals() -> str:
 
 
 def matmul_shares() -> dict[str, float]:
-    """The share of this machine's rate of large matrix products that eager training reaches: of torch's as it comes, and of ours."""
+    """The share of this machine's rate of large matrix products that training reaches: of torch's, and of ours."""
     from minillm.transformer import ModelConfig, flops_per_token
 
     shares = {}
     for name, result in beside("train").items():
-        if rates := dict(result.get("matmul_flops_per_s", {})):
+        if rates := result.get("matmul_flops_per_s"):
             flops = flops_per_token(ModelConfig(**result["shape"]), result["work"]["seq_len"], backward=True)
-            speed, ours = result["tokens_per_s"]["minillm"] * flops, rates.pop("minillm")
-            if rates:
-                shares[f"{name}: FLOP/s ÷ a large product's in torch"] = speed / statistics.median(
-                    rates.values()
-                )
-            shares[f"{name}: FLOP/s ÷ a large product's in minillm"] = speed / ours
+            speed, what = result["tokens_per_s"]["minillm"] * flops, f"{name}: FLOP/s ÷ a large product's in"
+            peers = [rate for side, rate in rates.items() if side != "minillm"]
+            if result["work"]["dtype"] != "float32" or not peers:
+                shares[f"{what} torch"] = speed / statistics.median(rates.values())
+                continue
+            shares[f"{what} torch"] = speed / statistics.median(peers)
+            shares[f"{what} minillm"] = speed / rates["minillm"]  # maybe by another library
     return shares
 
 
