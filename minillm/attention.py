@@ -194,9 +194,12 @@ def attend(
     K, S = k.shape[1:3]
     if H % K:
         raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {H} and {K}")
+    # Measured: below, calls cost more than products; above, the library's kernel is as fast. Compilers unroll loops.
+    least, most = (128, 1024) if q.element_size() > 2 else (64, 8192)
+    by_block = q.device.type == "cpu" and least <= T and most >= S and not torch.compiler.is_compiling()
     sees_all = not mask.causal or T == 1  # the newest query sees every key there is
     bias = None
-    if not mask.plain or slopes is not None or not (sees_all or T == S):
+    if not mask.plain or slopes is not None or not (sees_all or T == S or by_block):
         bias = mask.additive(T, S, q.device, q.dtype, slopes)
     group = H // K
     # Two queries are too few for the set-up of a 16-bit matrix product: measured 0.6 to 0.9 times as fast.
@@ -207,9 +210,7 @@ def attend(
         return F.scaled_dot_product_attention(q.reshape(B, K, group, Dh), k, v, attn_mask=bias).reshape(
             B, H, 1, Dh
         )
-    # Measured: below, calls cost more than products, above, the library's kernel is as fast. A compiler would unroll the loop.
-    least, most = (128, 1024) if q.element_size() > 2 else (64, 8192)
-    if q.device.type == "cpu" and least <= T and most >= S and not torch.compiler.is_compiling():
+    if by_block:
         trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         blocks = BlockAttention.apply if trained else attend_by_block
         return blocks(q, k, v, bias, mask.causal and mask.prefix is None)  # type: ignore[return-value]
@@ -240,11 +241,11 @@ def weights_by_block(
         causal: no query sees a later column, whatever the bias says: those keys are left out.
 
     Yields:
-        Where the block is in (B, K, H / K, T); and for each of its N pairs of row and kv head the scaled queries, the keys they may
-        see, their values, and the weights. All but the place in float32 at least.
+        Where the block is in (B, K, H / K, T); and for each of its N pairs of row and kv head the scaled
+        queries, the keys they may see, their values, and the weights. All numbers in float32 at least.
     """
     (B, H, T, Dh), (K, S), wide = q.shape, k.shape[1:3], torch.promote_types(q.dtype, torch.float32)
-    # Measured: tall products for 16-bit units, four blocks at least, so that causality saves work, and 1 MiB of weights in the cache.
+    # Measured: tall products for 16-bit units, but some blocks, so that causality saves work; 1 MiB of weights.
     size = 64 if q.dtype == wide else max(16, min(max(64, T // 4), 256 // (H // K)))
     fit = max(1, 2**18 // (H // K * size * S))
     n_rows, n_heads = max(1, fit // K), min(K, fit)
@@ -291,7 +292,7 @@ def attend_by_block(
     bias: Float[Tensor, "..."] | None,
     causal: bool,
 ) -> Float[Tensor, "B H T Dh"]:
-    """`attend` on a CPU, for lengths at which a block's weights fit into the cache; arguments as in `weights_by_block`."""
+    """`attend` on a CPU, where a block's weights fit into the cache; arguments as in `weights_by_block`."""
     B, H, T, Dh = q.shape
     out = q.new_empty(B, T, H, Dh).transpose(1, 2)
     by_group = out.unflatten(1, (k.shape[1], -1))

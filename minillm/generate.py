@@ -277,7 +277,7 @@ def packed_product(
 
 # %% ../chapters/14_generate.ipynb #74dac3c8
 def packing_pays(weight: Float[Tensor, "E D"]) -> bool:
-    """Whether packing pays: in bfloat16 where the processor has instructions for it, in float32 where MKL leaves half of it idle."""
+    """Whether packing pays: in bfloat16 with instructions for it, in float32 where MKL leaves half a processor idle."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
