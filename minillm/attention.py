@@ -5,11 +5,14 @@ __all__ = [
     "visible",
     "score_bias",
     "Mask",
+    "heads_per_kv_head",
     "attend",
     "weights_by_block",
     "products_in",
-    "attend_by_block",
+    "blocks_forward",
     "BlockAttention",
+    "blocks_pay",
+    "attend_by_block",
     "KVCache",
     "Attention",
 ]
@@ -168,6 +171,18 @@ class Mask:
 
 
 # %% ../chapters/08_attention.ipynb #f8b510fd
+def heads_per_kv_head(n_heads: int, n_kv_heads: int) -> int:
+    """How many query heads share a kv head.
+
+    Raises:
+        ValueError: they cannot share evenly.
+    """
+    if n_heads % n_kv_heads:
+        raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}")
+    return n_heads // n_kv_heads
+
+
+# %% ../chapters/08_attention.ipynb #a4683faa
 def attend(
     q: Float[Tensor, "B H T Dh"],
     k: Float[Tensor, "B K S Dh"],
@@ -190,18 +205,11 @@ def attend(
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
     """
-    B, H, T, Dh = q.shape
-    K, S = k.shape[1:3]
-    if H % K:
-        raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {H} and {K}")
-    # Measured: below, calls cost more than products; above, the library's kernel is as fast. Compilers unroll loops.
-    least, most = (128, 1024) if q.element_size() > 2 else (64, 8192)
-    by_block = q.device.type == "cpu" and least <= T and most >= S and not torch.compiler.is_compiling()
+    (B, H, T, Dh), (K, S), group = q.shape, k.shape[1:3], heads_per_kv_head(q.shape[1], k.shape[1])
     sees_all = not mask.causal or T == 1  # the newest query sees every key there is
     bias = None
-    if not mask.plain or slopes is not None or not (sees_all or T == S or by_block):
+    if not mask.plain or slopes is not None or not (sees_all or T == S):
         bias = mask.additive(T, S, q.device, q.dtype, slopes)
-    group = H // K
     # Two queries are too few for the set-up of a 16-bit matrix product: measured 0.6 to 0.9 times as fast.
     if T == 1 and (group > 2 or (group == 2 and q.element_size() > 2)):
         if slopes is not None:
@@ -210,10 +218,6 @@ def attend(
         return F.scaled_dot_product_attention(q.reshape(B, K, group, Dh), k, v, attn_mask=bias).reshape(
             B, H, 1, Dh
         )
-    if by_block:
-        trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        blocks = BlockAttention.apply if trained else attend_by_block
-        return blocks(q, k, v, bias, mask.causal and mask.prefix is None)  # type: ignore[return-value]
     causal = bias is None and not sees_all
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=group > 1)
 
@@ -245,9 +249,10 @@ def weights_by_block(
         queries, the keys they may see, their values, and the weights. All numbers in float32 at least.
     """
     (B, H, T, Dh), (K, S), wide = q.shape, k.shape[1:3], torch.promote_types(q.dtype, torch.float32)
+    group = H // K
     # Measured: tall products for 16-bit units, but some blocks, so that causality saves work; 1 MiB of weights.
-    size = 64 if q.dtype == wide else max(16, min(max(64, T // 4), 256 // (H // K)))
-    fit = max(1, 2**18 // (H // K * size * S))
+    size = 64 if q.dtype == wide else max(16, min(max(64, T // 4), 256 // group))
+    fit = max(1, 2**18 // (group * size * S))
     n_rows, n_heads = max(1, fit // K), min(K, fit)
     future = torch.full((size, size), -math.inf, dtype=wide, device=q.device).triu_(1)
     q = q.unflatten(1, (K, -1))
@@ -285,14 +290,14 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 # %% ../chapters/08_attention.ipynb #66ca825a
-def attend_by_block(
+def blocks_forward(
     q: Float[Tensor, "B H T Dh"],
     k: Float[Tensor, "B K S Dh"],
     v: Float[Tensor, "B K S Dh"],
     bias: Float[Tensor, "..."] | None,
     causal: bool,
 ) -> Float[Tensor, "B H T Dh"]:
-    """`attend` on a CPU, where a block's weights fit into the cache; arguments as in `weights_by_block`."""
+    """The output, block by block; arguments as in `weights_by_block`."""
     B, H, T, Dh = q.shape
     out = q.new_empty(B, T, H, Dh).transpose(1, 2)
     by_group = out.unflatten(1, (k.shape[1], -1))
@@ -304,13 +309,13 @@ def attend_by_block(
 
 # %% ../chapters/08_attention.ipynb #92bb5a56
 class BlockAttention(torch.autograd.Function):
-    """`attend_by_block` for training: keeps q, k and v for the gradient, and computes the weights again (chapter 08)."""
+    """`blocks_forward` for training: keeps q, k and v for the gradient, and computes the weights again (chapter 08)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)
         ctx.causal = causal
-        return attend_by_block(q, k, v, bias, causal)
+        return blocks_forward(q, k, v, bias, causal)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -327,6 +332,37 @@ class BlockAttention(torch.autograd.Function):
                 dk[seen] += torch.bmm(ds.transpose(1, 2), queries).view(dk[seen].shape)
                 dv[seen] += torch.bmm(p.transpose(1, 2), do).view(dv[seen].shape)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+# %% ../chapters/08_attention.ipynb #98767d84
+def blocks_pay(device_type: str, dtype: torch.dtype, n_queries: int, n_keys: int) -> bool:
+    """Whether `attend_by_block` is faster than `attend`: on a CPU, for rows neither so short that calls cost more than products, nor too long.
+
+    The limits are measured. A compiler would unroll the loop.
+    """
+    least, most = (128, 1024) if dtype.itemsize > 2 else (64, 8192)
+    return (
+        device_type == "cpu" and least <= n_queries and n_keys <= most and not torch.compiler.is_compiling()
+    )
+
+
+# %% ../chapters/08_attention.ipynb #1f8193d9
+def attend_by_block(
+    q: Float[Tensor, "B H T Dh"],
+    k: Float[Tensor, "B K S Dh"],
+    v: Float[Tensor, "B K S Dh"],
+    mask: Mask,
+    *,
+    slopes: Float[Tensor, "H"] | None = None,
+) -> Float[Tensor, "B H T Dh"]:
+    """`attend` by blocks of queries whose weights fit into a processor's cache (chapter 08); arguments as there."""
+    heads_per_kv_head(q.shape[1], k.shape[1])
+    bias = None
+    if not mask.plain or slopes is not None:  # the blocks know what causal means
+        bias = mask.additive(q.shape[2], k.shape[2], q.device, q.dtype, slopes)
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    blocks = BlockAttention.apply if trained else blocks_forward
+    return blocks(q, k, v, bias, mask.causal and mask.prefix is None)  # type: ignore[return-value]
 
 
 # %% ../chapters/08_attention.ipynb #e06c48b1

@@ -69,7 +69,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .attention import Mask, attend, score_bias
+from .attention import Mask, attend, attend_by_block, blocks_pay, heads_per_kv_head, score_bias
 from .checkpoint import MiniLLMError
 
 # %% ../chapters/09_flash.ipynb #121677c8
@@ -84,8 +84,7 @@ def check_call(q: Float[Tensor, "B H T Dh"], k: Float[Tensor, "B K S Dh"], mask:
         ValueError: heads that do not divide, more queries than keys, or keys that the mask does not describe.
     """
     (H, T), (K, S) = q.shape[1:3], k.shape[1:3]
-    if H % K:
-        raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {H} and {K}")
+    heads_per_kv_head(H, K)
     if T > S:
         raise ValueError(f"the queries are the last of the keys: {T} queries do not fit in {S} keys")
     for name, given in (("documents", mask.documents), ("keys", mask.keys)):
@@ -942,7 +941,8 @@ def attend_flex(
 # %% ../chapters/09_flash.ipynb #810981bf
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "flash-attn": attend_flash_attn,
-    "sdpa": attend,  # chapter 08
+    "sdpa": attend,  # chapter 08, as is the next
+    "blocks": attend_by_block,
     "triton": attend_triton,
     "flex": attend_flex,
     "tiled": attend_tiled,
@@ -997,9 +997,14 @@ def choose_backend(
             )
         if INSTALLED["triton"]:
             return Choice("triton", "the only kernel here that makes this mask tile by tile")
+    small = B * (H if alibi else 1) * T * n_keys * dtype.itemsize <= MAX_BIAS_BYTES
+    if blocks_pay(device_type, dtype, T, n_keys) and (small or (mask.plain and not alibi)):
+        return Choice(
+            "blocks", "blocks of queries fit into the processor's cache, and are faster at this length"
+        )
     if flag:
         return Choice("sdpa", "causal or none: a flag, no mask tensor")
-    if B * (H if alibi else 1) * T * n_keys * dtype.itemsize <= MAX_BIAS_BYTES:
+    if small:
         return Choice("sdpa", "its mask tensor is small")
     if device_type == "cuda" and modern and INSTALLED["triton"]:
         return Choice("triton", "the mask tensor would be too large")

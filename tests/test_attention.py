@@ -8,7 +8,6 @@ from references import attention_reference, visible_reference
 from tolerances import assert_close, assert_low_precision
 from torch.nn import functional as F
 
-from minillm import attention
 from minillm.attention import (
     Attention,
     KVCache,
@@ -186,7 +185,7 @@ def test_training_by_blocks_equals_the_library(n_kv_heads, bias, T, S):
     mask = Mask(documents=documents) if bias == "mask of each row" else Mask()
     slopes = alibi_slopes(4) if bias == "penalty of each head" else None
     dense = score_bias(mask.dense(T, S), torch.float64, slopes)
-    out = attend(q, k, v, mask, slopes=slopes)
+    out = attend_by_block(q, k, v, mask, slopes=slopes)
     assert "BlockAttention" in type(out.grad_fn).__name__
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True)
     assert_close(out, expected)
@@ -199,7 +198,7 @@ def test_training_by_blocks_keeps_no_weights_and_touches_no_later_key():
     q, k, v = (x.requires_grad_() for x in random_qkv(H=4, K=2, T=150, S=150, Dh=8))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        attend(q, k, v, Mask())
+        attend_by_block(q, k, v, Mask())
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (q, k, v)}
     places = [(at, keys.shape[1]) for at, _, keys, _, _ in weights_by_block(q, k, v, None, True)]
     assert [(at[3].start, seen) for at, seen in places] == [(0, 64), (64, 128), (128, 150)]
@@ -216,24 +215,20 @@ def test_blocks_of_rows_and_heads_fit_into_the_cache(B, S, together):
     assert starts == {(row, head) for row in range(0, B, n_rows) for head in range(0, 2, n_heads)}
     for *_, weights in weights_by_block(q, k, v, None, True):
         assert weights.nbytes <= max(2**20, 4 * 64 * S * 4)  # one kv head at least
-    assert_close(attend_by_block(q, k, v, None, True), plain_attention(q, k, v))
+    assert_close(attend_by_block(q, k, v, Mask()), plain_attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("H", "T", "S"), [(4, 128, 128), (64, 128, 128), (4, 130, 300)])
-def test_reading_by_blocks_equals_the_library(dtype, H, T, S, monkeypatch):
+def test_reading_by_blocks_equals_the_library(dtype, H, T, S):
     """Without gradients too, also where the queries are the last of the keys, and where many heads share a kv head."""
     q, k, v = random_qkv(H=H, K=2, T=T, S=S, dtype=torch.float64)
     low = [x.to(dtype) for x in (q, k, v)]
-    calls = []
-    whole = attention.attend_by_block
-    monkeypatch.setattr(attention, "attend_by_block", lambda *args: calls.append(1) or whole(*args))
     bias = score_bias(visible(T, S), torch.float64, None)
     exact = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
     library = F.scaled_dot_product_attention(*low, attn_mask=bias.to(dtype), enable_gqa=True)
     with torch.inference_mode():
-        assert_low_precision(attend(*low, Mask()), library, exact)
-    assert calls
+        assert_low_precision(attend_by_block(*low, Mask()), library, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -248,7 +243,7 @@ def test_low_precision_gradients_by_blocks(dtype):
 
     low = [x.to(dtype) for x in exact]
     before = torch.backends.mkldnn.matmul.fp32_precision
-    ours = gradients(lambda q, k, v: attend(q, k, v, Mask()), low)
+    ours = gradients(lambda q, k, v: attend_by_block(q, k, v, Mask()), low)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     for a, b, c in zip(ours, gradients(plain_attention, low), gradients(plain_attention, exact)):
         assert a.dtype == dtype
@@ -535,8 +530,9 @@ def test_compiles_without_graph_breaks_and_without_recompiling_per_step():
 
 def test_bad_input_is_named_with_a_way_out():
     q, k, v = random_qkv(H=4, K=3)
-    with pytest.raises(ValueError, match="n_heads must be a multiple of n_kv_heads, got 4 and 3"):
-        attend(q, k, v, Mask())
+    for function in (attend, attend_by_block):
+        with pytest.raises(ValueError, match="n_heads must be a multiple of n_kv_heads, got 4 and 3"):
+            function(q, k, v, Mask())
     with pytest.raises(ValueError, match="n_heads must be a multiple of n_kv_heads, got 4 and 3"):
         Attention(32, 4, 3)
     with pytest.raises(ValueError, match="n_heads must be a multiple of n_kv_heads, got 4 and 0"):
