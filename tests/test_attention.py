@@ -202,9 +202,8 @@ def test_training_by_blocks_keeps_no_weights_and_touches_no_later_key():
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (q, k, v)}
     places = [(at, keys.shape[1]) for at, _, keys, _, _ in weights_by_block(q, k, v, None, True)]
     assert [(at[3].start, seen) for at, seen in places] == [(0, 64), (64, 128), (128, 150)]
-    assert {(at[0].start, at[1].start) for at, _ in places} == {
-        (0, 0)
-    }  # both rows, and all heads, fit together
+    # Both rows, and all heads, fit together.
+    assert {(at[0].start, at[1].start) for at, _ in places} == {(0, 0)}
 
 
 @pytest.mark.parametrize(("B", "S", "together"), [(20, 150, (3, 2)), (3, 1100, (1, 1))])

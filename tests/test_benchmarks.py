@@ -331,9 +331,8 @@ def test_a_run_leaves_figures_versions_and_what_was_missing_in_its_file(tmp_path
     assert beside.run(args) == 0
     record = json.loads((tmp_path / "b.json").read_text())
     assert list(record["results"]) == [work.name, other.name]
-    assert (
-        len(closed) == 2
-    )  # between two shapes, for a process keeps the memory that it once had, and at the end
+    # Between two shapes, for a process keeps the memory that it once had, and at the end.
+    assert len(closed) == 2
     rates = record["results"][work.name]["matmul_flops_per_s"]
     assert rates.keys() == {"minillm", "plain PyTorch"}
     assert min(rates.values()) > 0
