@@ -106,8 +106,8 @@ class Mask:
 
     Args:
         causal: query column i sees key columns <= i.
-        prefix: (B,) columns < prefix[b], padding included, are seen by every query. Read a prefix in one piece: what
-            is cached before its end has not seen its end.
+        prefix: (B,) columns < prefix[b] are seen by every query; padding columns count too. Read a prefix in one
+            piece: what is cached before its end has not seen its end.
         documents: (B, S) a document id per column; a query sees only its own document.
         keys: (B, S) False where a column is padding. A padded query sees itself, so that no softmax is empty.
 
@@ -177,7 +177,7 @@ def heads_per_kv_head(n_heads: int, n_kv_heads: int) -> int:
     Raises:
         ValueError: they cannot share evenly.
     """
-    if n_heads % n_kv_heads:
+    if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}")
     return n_heads // n_kv_heads
 
@@ -245,8 +245,8 @@ def weights_by_block(
         causal: no query sees a later column, whatever the bias says: those keys are left out.
 
     Yields:
-        Where the block is in (B, K, H / K, T); and for each of its N pairs of row and kv head the scaled
-        queries, the keys they may see, their values, and the weights. All numbers in float32 at least.
+        Where the block is in (B, K, H / K, T); and for each of its N pairs of row and kv head the R scaled queries
+        of the group's heads, the E keys they may see, their values, and the weights. In float32 at least.
     """
     (B, H, T, Dh), (K, S), wide = q.shape, k.shape[1:3], torch.promote_types(q.dtype, torch.float32)
     group = H // K
@@ -278,7 +278,7 @@ def weights_by_block(
 # %% ../chapters/08_attention.ipynb #b803090f
 @contextlib.contextmanager
 def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, float32 products on a CPU round their inputs to `dtype` where that is bfloat16 and the processor has units for it."""
+    """Inside, with `dtype` bfloat16, float32 products on a CPU round their inputs to it, if it has units for that."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     if dtype == torch.bfloat16:
@@ -336,9 +336,10 @@ class BlockAttention(torch.autograd.Function):
 
 # %% ../chapters/08_attention.ipynb #98767d84
 def blocks_pay(device_type: str, dtype: torch.dtype, n_queries: int, n_keys: int) -> bool:
-    """Whether `attend_by_block` is faster than `attend`: on a CPU, for rows neither so short that calls cost more than products, nor too long.
+    """Whether `attend_by_block` is taken to be faster than `attend`: on a CPU, not compiled, at a middling length.
 
-    The limits are measured. A compiler would unroll the loop.
+    In short rows calls cost more than products; long ones need tiles of keys too. The limits are measured. A
+    compiler would unroll the loop.
     """
     least, most = (128, 1024) if dtype.itemsize > 2 else (64, 8192)
     return (
@@ -469,8 +470,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}")
+        heads_per_kv_head(n_heads, n_kv_heads)
         if head_dim is None and dim % n_heads:
             raise ValueError(f"dim must be a multiple of n_heads, got {dim} and {n_heads}; or give head_dim")
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads

@@ -103,7 +103,11 @@ def attend_naive(
     *,
     slopes: Float[Tensor, "H"] | None = None,
 ) -> Float[Tensor, "B H T Dh"]:
-    """`attend` as its formula is written, with all T x S weights in memory: the reference that the others must equal."""
+    """`attend` as its formula is written, with all T x S weights in memory: the reference that the others must equal.
+
+    Raises:
+        ValueError: as `check_call`.
+    """
     check_call(q, k, mask)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     bias = score_bias(mask.dense(q.shape[2], k.shape[2], q.device), q.dtype, slopes)
@@ -306,6 +310,9 @@ def attend_tiled(
     Args:
         q, k, v, mask, slopes: as in `attend`.
         tile: queries and keys of one tile.
+
+    Raises:
+        ValueError: as `check_call`.
     """
     check_call(q, k, mask)
     return Tiled.apply(q, k, v, mask, slopes, tile)  # type: ignore[return-value]
@@ -582,6 +589,7 @@ def query_kernel(
         total, q_tile, g_tile, row_lse, row_delta, k, v, k_strides[2], v_strides[2], rows, b, h, full, stop, n_keys,
         slopes, prefix, documents, keys, scale, True, CAUSAL, DH, BLOCK_M, BLOCK_N, BLOCK_D, WIDE,
     )  # fmt: skip
+    # ln 2 takes back the log2(e) in scale: what is left is 1 / sqrt(Dh)
     store_rows(dq, t[:, None], dq_strides[2], d[None, :], n_queries, total * (scale * 0.6931471805599453), DH)
 
 
@@ -679,6 +687,7 @@ def key_kernel(
         )  # fmt: skip
     dk += b * dk_strides[0] + g * dk_strides[1]
     dv += b * dv_strides[0] + g * dv_strides[1]
+    # ln 2 takes back the log2(e) in scale: what is left is 1 / sqrt(Dh)
     store_rows(
         dk, columns[:, None], dk_strides[2], d[None, :], n_keys, dk_tile * (scale * 0.6931471805599453), DH
     )
@@ -869,6 +878,10 @@ def attend_triton(
 
     On a CPU they run in Triton's interpreter, for tests (see `kernels`).
 
+    Raises:
+        ValueError: as `check_call`, and as `kernels`.
+        MiniLLMError: Triton is not installed.
+
     Source: Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
     """
     check_call(q, k, mask)
@@ -921,7 +934,7 @@ def attend_flex(
     *,
     slopes: Float[Tensor, "H"] | None = None,
 ) -> Float[Tensor, "B H T Dh"]:
-    """`attend` by torch's flex_attention, for one case: causal, without gradients on a CPU (torch 2.13 has none there).
+    """`attend` by torch's flex_attention, forward only: causal or not, ALiBi. (On a CPU torch 2.13 has no backward.)
 
     Raises:
         ValueError: the mask is more than causal, or a gradient is wanted.
@@ -981,6 +994,8 @@ def choose_backend(
         device_type: cpu, cuda or mps.
         shape: (B, H, T, Dh), that of the queries.
         n_keys: S.
+        alibi: slopes are given.
+        gradients: a backward pass will follow.
         modern: a CUDA device is Ampere or newer.
     """
     B, H, T, Dh = shape
@@ -1067,6 +1082,7 @@ def rows_that_fit(
         held: vectors kept per row: forward q and the output.
         streamed: vectors per column: k and v.
         squares: tiles of rows x columns: the scores.
+        columns: how many of them are in fast memory at once.
 
     Raises:
         ValueError: not even one row fits.
