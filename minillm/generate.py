@@ -114,7 +114,7 @@ def draw(logits: Float[Tensor, "B V"], uniform: Float[Tensor, "B"]) -> Int[Tenso
 # %% ../chapters/14_generate.ipynb #b44daec5
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How the next token is drawn from the logits: penalty, temperature, top-k, top-p, min-p, in this order.
+    """How the next token is drawn: penalty, temperature, top-k, top-p, min-p, in this order (chapter 14).
 
     Args:
         temperature: divides the logits; 0 takes the most probable token.
@@ -236,7 +236,7 @@ def prefill(
 
 # %% ../chapters/14_generate.ipynb #e258f661
 class Session:
-    """Decoding through the model itself, a token per row at a time: right for every model.
+    """Decoding through the model itself, a token per row at a time: right for every model (chapter 14).
 
     Args:
         model: the model.
@@ -287,12 +287,13 @@ def packing_pays(weight: Float[Tensor, "E D"]) -> bool:
 
 # %% ../chapters/14_generate.ipynb #fd11d31d
 class Projection:
-    """x Wᵀ + b with W laid out as a CPU multiplies a thin x fastest, and a norm's scale folded in.
+    """x Wᵀ + b with W laid out as a CPU multiplies a thin x fastest, and a norm's scale folded in (chapter 14).
 
     Args:
         weights: (out, in) matrices with one input; their outputs stand side by side.
         biases: one per weight, or None.
         scale: multiplies the input channels.
+        dtype: of the copy.
     """
 
     def __init__(
@@ -331,7 +332,7 @@ class Projection:
 
 # %% ../chapters/14_generate.ipynb #8ba7cef9
 class Turns:
-    """The position encoding as matrices: `x @ turns(t)` is `position(x)` at position t, for any x of the head's width.
+    """The position encoding as matrices: `x @ turns(t)` is `position(x)` at position t, for any x of the head's width (chapter 14).
 
     Args:
         position: rotary, or one that turns nothing (ALiBi, None).
@@ -361,7 +362,7 @@ class Turns:
 
 # %% ../chapters/14_generate.ipynb #471010d0
 class ScoreBias:
-    """What is added to the scores of one decoding step: ALiBi's slopes, -inf at padding, or nothing at all (None)."""
+    """What is added to the scores of one decoding step: ALiBi's slopes, -inf at padding, or nothing at all: None (chapter 14)."""
 
     def __init__(
         self,
@@ -389,7 +390,7 @@ class ScoreBias:
 
 # %% ../chapters/14_generate.ipynb #64782d09
 class HalfProjection(Projection):
-    """A `Projection` whose weights stay in 16 bits, for models too large for a wider copy; the sums around it are wide."""
+    """A `Projection` whose weights stay in 16 bits, for models too large for a wider copy; the sums around it are wide (chapter 14)."""
 
     def __init__(
         self,
@@ -423,7 +424,7 @@ class HalfProjection(Projection):
 
 # %% ../chapters/14_generate.ipynb #df1a0180
 class PreparedLayer(NamedTuple):
-    """The four matrix products of a block."""
+    """The four matrix products of a block (chapter 14)."""
 
     qkv: Projection
     out: Projection
@@ -578,6 +579,9 @@ def uniforms(n_rows: int, n_draws: int, seed: int | Sequence[int] | None) -> Flo
     Args:
         seed: one per row; or one number, from which the rows' seeds are made; or None, which takes it from torch's
             global generator.
+
+    Raises:
+        ValueError: there are more or fewer seeds than rows.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
@@ -605,7 +609,8 @@ def decode_steps(
     """The next token of every row, step by step, for as long as they are asked for.
 
     Raises:
-        ValueError: the longest prompt and the new tokens together exceed the model's max_seq_len.
+        ValueError: the longest prompt and the new tokens together exceed the model's max_seq_len, `max_new_tokens` is
+            negative, a prompt is none for `left_pad`, or the seeds are not one per prompt.
     """
     plain = model.model if isinstance(model, Prepared) else model
     tokens, real = left_pad(prompts, pad_id, plain.config.vocab_size)
@@ -658,6 +663,9 @@ def generate(
         pad_id: fills shorter rows; never seen by any real token.
         seed: one number, or one per prompt. A row's tokens depend on its own seed, not on its neighbours.
         stop: called with a row's new tokens after each of them; True ends the row.
+
+    Raises:
+        ValueError: as `decode_steps`.
     """
     new: list[list[int]] = [[] for _ in range(len(prompts))]
     running = list(range(len(prompts)))
@@ -819,7 +827,8 @@ def log_likelihood(
     one pass.
 
     Raises:
-        ValueError: a prompt or a continuation is empty, or a pair is longer than the model's max_seq_len.
+        ValueError: a prompt or a continuation is empty, there are not as many of one as of the other, or the model would
+            have to read more than its max_seq_len.
     """
     if len(prompts) != len(continuations):
         raise ValueError(f"one continuation per prompt: got {len(prompts)} and {len(continuations)}")

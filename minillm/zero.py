@@ -42,6 +42,7 @@ __all__ = [
 # %% ../chapters/15_zero.ipynb #f1d4210e
 # pyright: reportPrivateImportUsage=false
 import contextlib
+import gc
 import inspect
 import logging
 import math
@@ -88,7 +89,7 @@ log = logging.getLogger(__name__)
 # %% ../chapters/15_zero.ipynb #2e092560
 @dataclass(frozen=True, kw_only=True)
 class StateBytes:
-    """Bytes of the model states that one process holds."""
+    """Bytes of the model states that one process holds (chapter 15)."""
 
     parameters: float
     gradients: float
@@ -135,7 +136,7 @@ def state_bytes(
 
 # %% ../chapters/15_zero.ipynb #1906cd71
 class WorkersFailed(MiniLLMError):
-    """A process that `run_processes` started has failed; the message has what each one said."""
+    """A process that `run_processes` started has failed; the message has what each one said (chapter 15)."""
 
 
 # %% ../chapters/15_zero.ipynb #6812ce3d
@@ -859,7 +860,7 @@ class FSDP2(Borrowed):
     """PyTorch's own ZeRO: `fully_shard` on every block and on the rest (chapter 15).
 
     Args:
-        stage: 3 frees a block's parameters after its forward pass, 2 keeps them until the step.
+        stage: 3 frees a block's parameters after its forward pass, 2 keeps them until its backward pass.
 
     Source: arXiv:2304.11277 for the design; `torch.distributed.fsdp.fully_shard` for the interface.
     """
@@ -951,7 +952,7 @@ def _whole(tensor: Any) -> Tensor:
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet, and on a CPU without the operation that it would compile for two minutes.
 
-    That operation is an all-reduce in shared memory, half of one all-reduce; without it DeepSpeed uses gloo.
+    That operation is an all-reduce through shared memory; without it DeepSpeed uses gloo.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -987,6 +988,8 @@ class DeepSpeed(Borrowed):
     Args:
         stage: 0 to 3.
         offload: keep the optimizer's state, and at stage 3 the parameters, in the memory of the host.
+
+    Source: arXiv:1910.02054, and arXiv:2104.07857 for `offload`; `deepspeed.initialize` for the interface.
     """
 
     def __init__(
@@ -1129,7 +1132,7 @@ EngineName = Literal["plain", "zero", "deepspeed", "fsdp2"]
 # %% ../chapters/15_zero.ipynb #1a02a24f
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Who trains: one setting between our ZeRO, DeepSpeed and FSDP2. A run may be taken up by another engine."""
+    """Who trains: one setting between our ZeRO, DeepSpeed and FSDP2 (chapter 15). A run may be taken up by another engine."""
 
     engine: EngineName = "plain"
     """plain: one process, or a copy on each; zero: chapter 15's; deepspeed; fsdp2: PyTorch's. Start several with torchrun."""
@@ -1190,9 +1193,15 @@ def make_engine(model: nn.Module, config: TrainConfig, settings: EngineConfig) -
 
 # %% ../chapters/15_zero.ipynb #7577e1f1
 def held_bytes(*roots: Any) -> int:
-    """Bytes of all tensors that can be reached from `roots`, each piece of memory counted once."""
+    """Bytes of all tensors that can be reached from `roots`, each piece of memory counted once.
+
+    Without `roots`: of all tensors that are alive in this process, whoever holds them.
+    """
     storages: dict[int, int] = {}
     seen: set[int] = set()
+    if not roots:
+        gc.collect()
+        roots = tuple(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
     left: list[Any] = list(roots)
     while left:
         thing = left.pop()
@@ -1200,8 +1209,11 @@ def held_bytes(*roots: Any) -> int:
             continue
         seen.add(id(thing))
         if isinstance(thing, Tensor):
-            if thing.device.type != "meta":
-                storages[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
+            local = getattr(
+                thing, "_local_tensor", thing
+            )  # a tensor of FSDP2 says the size of the whole, and holds a slice
+            if local.device.type != "meta":
+                storages[local.untyped_storage()._cdata] = local.untyped_storage().nbytes()
             left.append(thing.grad if thing.is_leaf else None)
         elif isinstance(thing, Mapping):
             left += [*thing.keys(), *thing.values()]

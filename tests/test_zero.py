@@ -130,9 +130,10 @@ def test_the_figures_of_the_paper():
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
-def test_deepspeed_counts_two_bytes_more(world_size):
+def test_deepspeed_counts_a_gradient_in_32_bits_and_at_stage_2_one_in_16_bits_too(world_size):
     zero.import_deepspeed(torch.device("cpu"))
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as estimate_2
 
     n, largest = 10**9, 10**7
     _, gpu, _ = estimate(
@@ -140,6 +141,9 @@ def test_deepspeed_counts_two_bytes_more(world_size):
     )
     ours = state_bytes(n, stage=3, world_size=world_size, gradient_bytes=4).total
     assert gpu == pytest.approx(ours + 4 * largest, rel=1e-6)  # and one layer whole
+    _, gpu = estimate_2(n, num_gpus_per_node=world_size, cpu_offload=False)
+    ours = state_bytes(n, stage=2, world_size=world_size, gradient_bytes=2 + 4).total
+    assert gpu == pytest.approx(ours, rel=1e-6)
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(4, 2), (-1, 2), (1, 0)])
@@ -614,6 +618,43 @@ def test_held_bytes_counts_every_memory_once():
     assert zero.held_bytes(weight, weight.data[3:], {"again": [weight]}) == 80
     assert zero.held_bytes(layer, {"more": torch.zeros(3, dtype=torch.float64)}) == 16 + 24
     assert zero.held_bytes(torch.zeros(9, device="meta"), None, "word") == 0
+
+
+def test_held_bytes_without_roots_finds_what_nobody_named():
+    before = zero.held_bytes()
+    hidden = torch.nn.Linear(100, 10, bias=False).requires_grad_()  # 4000 bytes, as many of gradient, and 400
+    hidden(torch.ones(100)).sum().backward()
+    function = (lambda kept: lambda: kept)(torch.zeros(100))
+    assert zero.held_bytes() - before == 2 * 4000 + 400
+    del hidden, function
+    assert zero.held_bytes() == before
+
+
+@pytest.mark.distributed
+def test_the_libraries_hold_what_the_chapter_says():
+    """In bytes a parameter, on two processes: (weights, gradients, optimizer), all of it in the update, whole weights."""
+    shape = dataclasses.replace(LARGER, vocab_size=512, max_seq_len=128)  # no tensor has 100,000 elements
+    n_parameters = count_parameters(shape).total
+    expected = {
+        ("fsdp2", 2, "bfloat16"): ((4 / 2, 4 / 2, 8 / 2), 16 / 2, 2),
+        ("fsdp2", 3, "float32"): ((4 / 2, 4 / 2, 8 / 2), 16 / 2, 0),
+        ("deepspeed", 2, "float32"): ((4, 4 / 2, 12 / 2), 4 + 20 / 2, 4),
+        ("deepspeed", 2, "bfloat16"): ((2, 2 / 2, 12 / 2), 2 + 18 / 2, 2),
+        ("deepspeed", 3, "bfloat16"): ((2 + 2 / 2, 2 / 2, 12 / 2), 20 / 2, 2),
+    }
+    kinds = [EngineConfig(engine=name, zero_stage=n, parameters=dtype) for name, n, dtype in expected]
+    for found in run_processes(workers.held_by, 2, kinds, shape):
+        for settings, held, (parts, update, whole) in zip(kinds, found, expected.values()):
+            each = {name: value / n_parameters for name, value in held.items()}
+            assert each["parameters"] == pytest.approx(parts[0], rel=0.02), settings
+            assert 0.99 < each["gradients"] / parts[1] < 1.4, (
+                settings
+            )  # whole, of a tensor that lies in two slices
+            assert each["optimizer"] == pytest.approx(parts[2], rel=0.02), settings
+            assert each["update"] - each["other"] == pytest.approx(update, rel=0.05), settings
+            assert each["whole"] == pytest.approx(whole, rel=0.02), settings
+            bucket = 2 * 500_000_000 if name_of(settings) == "deepspeed3" else 0
+            assert held["other"] == pytest.approx(bucket, abs=0.01 * n_parameters), settings
 
 
 # The command line.

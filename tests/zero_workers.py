@@ -8,6 +8,7 @@ import signal
 import torch
 import torch.distributed as dist
 
+from benchmarks.zero import held
 from minillm import train as training
 from minillm.batches import Loader, TokenShards, write_shards
 from minillm.train import TrainConfig, TrainingDiverged, batch_loss, train
@@ -133,6 +134,11 @@ def one_step(data, kinds, shape=SHAPE, accumulation=1, ring=False):
                 sent = engine.wire.sent_bytes - before
         found.append((held, sent, engine.tensors()["model"]))
     return found
+
+
+def held_by(kinds, shape):
+    """What `benchmarks.zero.held` finds for each of these engines."""
+    return [held(settings, shape) for settings in kinds]
 
 
 def refuse(data, kinds):
