@@ -999,7 +999,7 @@ def choose_backend(
         modern: a CUDA device is Ampere or newer.
     """
     B, H, T, Dh = shape
-    if device_type == "meta" or (device_type != "cuda" and torch.compiler.is_compiling()):
+    if device_type == "meta":
         return Choice("sdpa", "one operator, as a traced graph wants it")
     square = T in (1, n_keys) or not mask.causal
     flag = mask.plain and not alibi and square  # chapter 08 needs no tensor
@@ -1021,6 +1021,8 @@ def choose_backend(
         return Choice("sdpa", "causal or none: a flag, no mask tensor")
     if small:
         return Choice("sdpa", "its mask tensor is small")
+    if device_type != "cuda" and torch.compiler.is_compiling():
+        return Choice("sdpa", "one operator, as a compiled graph wants it")
     if device_type == "cuda" and modern and INSTALLED["triton"]:
         return Choice("triton", "the mask tensor would be too large")
     if device_type == "cpu" and alibi and mask.plain and not gradients and HAS_COMPILER:

@@ -54,7 +54,8 @@ def rope_frequencies(rotary_dim: int, theta: float = 10000.0) -> Float[Tensor, "
 def half_split_angles(phase: Float[Tensor, "*batch P"], dtype: torch.dtype = torch.float32) -> Angles:
     """The angles of the half-split layout, for phases in radians: each pair's numbers at i and at i + P."""
     cos, sin = phase.cos(), phase.sin()
-    return Angles(torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype))
+    # One table of four: of cat((cos, cos)) torch.compile makes no table, but a cosine for each number that is rotated.
+    return Angles(*torch.cat((cos, cos, -sin, sin), dim=-1).to(dtype).chunk(2, dim=-1))
 
 
 # %% ../chapters/07_position.ipynb #04fd60e5
@@ -102,9 +103,9 @@ def rotate(
         angles: broadcast against x; constants, unless they require a gradient themselves.
         layout: `rotate_half_split` or `rotate_interleaved`.
     """
-    if x.requires_grad and not angles.cos.requires_grad and not torch.compiler.is_compiling():
+    if x.requires_grad and not angles.cos.requires_grad:
         return RotateFunction.apply(x, *angles, layout)  # type: ignore[return-value]
-    return layout(x, angles)  # a compiler fuses this by itself
+    return layout(x, angles)
 
 
 # %% ../chapters/07_position.ipynb #0ad4a2c5

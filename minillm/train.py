@@ -321,9 +321,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         w, (need_hidden, need_weight) = weight.to(dtype), ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, len(hidden), rows):
+        grad_weight, loss = None, torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, max(1, len(hidden)), rows):  # without rows too: their gradients are zeros
             y = targets[start : start + rows, None]
             kept, y = (y != IGNORE).to(dtype), y.clamp(min=0)
             x = (
@@ -337,8 +336,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             error = p.scatter_add_(1, y, torch.full_like(losses, -1.0)).to(dtype)  # softmax - one-hot
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = (error @ w) * kept
-            if grad_weight is not None:
-                grad_weight += error.T @ x
+            if need_weight:
+                part = error.T @ x
+                grad_weight = part.to(wide) if grad_weight is None else grad_weight.add_(part)
         ctx.save_for_backward(
             None if grad_hidden is None else grad_hidden.mul_(scale),
             None if grad_weight is None else grad_weight.mul_(scale).to(weight.dtype),

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import beside, gpu, peers
+from benchmarks.sides.ours import Ours
 from benchmarks.speedrun import figures
 from benchmarks.store import Store
 from minillm.transformer import ModelConfig, flops_per_token
@@ -155,6 +157,19 @@ def test_the_works_have_names_of_their_own_and_the_quick_ones_are_among_the_full
     assert {(work.kind, work.dtype) for work in quick} >= {("train", "bfloat16"), ("decode", "bfloat16")}
     assert {work.batch for work in quick if work.kind == "decode"} == {1, 16}
     assert any(work.compiled and work.kind == "train" for work in works)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_our_side_trains_compiled_when_it_says_so(monkeypatch, compiled):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *args: calls.append(1) or function(*args))
+    shape = {"vocab_size": 32, "dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 8}
+    side = Ours()
+    x = torch.arange(8)[None]
+    step = side.trainer(side.fresh(shape | {"max_seq_len": 8}), x, x, "float32", compiled)
+    step()
+    step()
+    assert len(calls) == 2 * compiled
 
 
 def test_a_store_is_whole_after_every_result_and_resumes(tmp_path):

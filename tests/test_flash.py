@@ -434,6 +434,16 @@ def chosen(
 PACKED = {"documents": torch.zeros(8, 2048, dtype=torch.long)}
 
 
+def test_a_compiled_graph_on_a_cpu_takes_operators_only(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen("cpu").backend == "blocks"
+    for gradients in (
+        True,
+        False,
+    ):  # not flex, which would compile within the compiler, and not a loop over tiles
+        assert chosen("cpu", T=16384, n_keys=16384, alibi=True, gradients=gradients).backend == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("case", "installed", "backend"),
     [

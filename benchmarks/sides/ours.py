@@ -1,6 +1,7 @@
 """minillm, as its command line runs it."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ class Ours(Side):
     def __init__(self):
         tune_allocator()
         tune_matmul()
+        self.open = ExitStack()  # what is entered here stays: a context that nobody holds is left at once
 
     def fresh(self, shape: Shape) -> Transformer:
         return Transformer(ModelConfig(**shape))
@@ -31,8 +33,7 @@ class Ours(Side):
         assert isinstance(model, Transformer)
         config = TrainConfig(steps=1, batch_size=x.shape[0], seq_len=x.shape[1], clip_norm=1.0)
         engine = Engine(model, config)
-        if compiled_:
-            compiled(model, True).__enter__()
+        self.open.enter_context(compiled(model, compiled_))
 
         def step() -> float:
             with autocast(x.device, dtype):
