@@ -173,6 +173,10 @@ class Bench:
                         absent[name] = str(error)
                         del samples[name]
             result |= summary(samples, work.units)
+            if work.kind == "train" and not work.compiled:
+                result["parts"] = {
+                    name: self.sides[name].ask(self.patience_s, do="parts") for name in samples
+                }
         result["parameters"] = {name: answer["parameters"] for name, answer in ready.items()}
         result["agrees"] = {
             name: agrees(work, ready["minillm"]["result"], answer["result"])

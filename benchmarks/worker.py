@@ -30,6 +30,13 @@ SIDES = {
     "x-transformers": ("benchmarks.sides.with_x_transformers", "WithXTransformers"),
 }
 
+# The parts of a training step, and how the operations of each are called.
+PARTS = {
+    "linear layers": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::_scaled_dot_product_flash", "minillm::blocks"),
+    "optimizer": ("Optimizer.step",),
+}
+
 
 def keep_freed_memory() -> None:
     """What `minillm.runtime.tune_allocator` does, for every side, so that the allocator decides nothing."""
@@ -109,6 +116,22 @@ class Worker:
         cpu, wall = time.process_time(), time.perf_counter()
         self.work()
         return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+    def parts(self) -> dict[str, float]:
+        """Where the processor's time goes in what is prepared, by torch's profiler, which makes small operations dearer."""
+        from torch.profiler import ProfilerActivity, profile
+
+        assert self.work is not None, "prepare comes first"
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            self.work()
+        events = seen.key_averages()
+        shares = {
+            part: sum(event.cpu_time_total for event in events if event.key.startswith(names))
+            for part, names in PARTS.items()
+        }
+        total = sum(event.self_cpu_time_total for event in events)
+        shares = {part: time / total for part, time in shares.items()}
+        return shares | {"the rest": 1 - sum(shares.values())}
 
 
 def rss_bytes() -> int:

@@ -108,6 +108,42 @@ def speeds(title: str, *kinds: str) -> str:
     return bars(title, relative, "speed (transformers = 1)") + "\n\n" + table(head, rows)
 
 
+def anatomy() -> str:
+    """Where the time of a training step goes, on every side."""
+    results = {
+        name: result for name, result in beside("train").items() if "transformers" in result.get("parts", {})
+    }
+    if not results:
+        return not_yet("make bench")
+    parts = ("linear layers", "attention", "optimizer", "the rest")
+    sides = [side for side in SIDES if any(side in result["parts"] for result in results.values())]
+    step = len(sides) + 1.2
+    fig, ax = plot.figure("Where a training step's time goes", x="time (transformers = 1)", y="", width=7.2, height=0.8 + 0.17 * step * len(results))  # fmt: skip
+    places, names = [], []
+    for n, result in enumerate(results.values()):
+        for i, side in enumerate(side for side in sides if side in result["parts"]):
+            left = 0.0
+            time = result["tokens_per_s"]["transformers"] / result["tokens_per_s"][side]
+            for part, color in zip(parts, ("blue", "orange", "green", "grey")):
+                width = time * result["parts"][side][part]
+                ax.barh(n * step + i, width, left=left, height=0.9, color=plot.COLORS[color], label=part if n == i == 0 else None)  # fmt: skip
+                left += width
+            places.append(n * step + i)
+            names.append(side)
+    ax.set_yticks(places, names, fontsize=8)
+    for n, name in enumerate(results):
+        ax.text(0.01, n * step - 0.65, name.removeprefix("train "), fontsize=9, va="bottom")
+    ax.grid(axis="y", visible=False)
+    ax.invert_yaxis()
+    fig.legend(loc="outside lower center", ncols=len(parts), frameon=False, fontsize=9)
+    rows = [
+        [name, *(f"{result['parts']['minillm'][part]:.0%}" for part in parts)]
+        for name, result in results.items()
+    ]
+    told = table(["minillm's step", *parts], rows)
+    return drawn(fig, "Where a training step's time goes, on every side") + "\n\n" + told
+
+
 def memory() -> str:
     """The highest memory of a process that trains a few steps."""
     results = beside("memory")
@@ -299,6 +335,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "goals": goals,
     "training": lambda: speeds("Training", "train"),
     "decoding": lambda: speeds("Decoding and prefill", "decode", "prefill"),
+    "anatomy": anatomy,
     "memory": memory,
     "everyday": everyday,
     "loading": loading,

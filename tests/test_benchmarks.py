@@ -48,6 +48,13 @@ def test_every_side_computes_what_minillm_computes(sides, kind):
     assert len(set(result["parameters"].values())) == 1
     assert [len(runs) for runs in result["samples"].values()] == [2, 2, 2]
     assert all(rate > 0 for rate in result["tokens_per_s"].values())
+    assert ("parts" in result) == (kind == "train")
+    for parts in result.get("parts", {}).values():
+        assert math.isclose(sum(parts.values()), 1)
+        assert min(parts.values()) > 0, parts
+        assert (
+            parts["linear layers"] + parts["attention"] + parts["optimizer"] < 0.9
+        )  # each was found, none twice
 
 
 def test_an_answer_of_other_weights_is_noticed(sides, tmp_path):
@@ -275,6 +282,12 @@ def test_the_page_shows_the_files_figures_and_what_is_not_reached(results):
     goal = "≥\N{NO-BREAK SPACE}0.85"
     assert rows["| train a: FLOP/s ÷ a large product's in torch"] == ["0.90", goal, "yes |"]
     assert rows["| train a: FLOP/s ÷ a large product's in minillm"] == ["0.60", goal, "**no** |"]
+    assert "make bench" in page.anatomy(), "no parts were measured"
+    parts = {"linear layers": 0.5, "attention": 0.25, "optimizer": 0.05, "the rest": 0.2}
+    record["results"]["train a"]["parts"] = dict.fromkeys(("minillm", "transformers"), parts)
+    (results / "beside-cpu.json").write_text(json.dumps(record))
+    assert "| train a | 50% | 25% | 5% | 20% |" in page.anatomy()
+    assert page.anatomy().count("<svg") == 1
     training = page.speeds("Training", "train")
     assert "| train a | 100 | – | 2.00 | 1.03 | – |" in training
     assert training.count("<svg") == 1
