@@ -182,13 +182,10 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "ice_text.model")
 
 def _load(folder: Path, device: Any) -> tuple[Any, Any]:
     """Model and tokenizer of a run, or of a folder that holds a model itself, in any format."""
-    if (folder / "model" / "config.json").exists() or not (folder / "config.json").exists():
+    published = any((folder / name).exists() for name in ("config.json", "params.json"))
+    if (folder / "model" / "config.json").exists() or not published:
         from minillm.speedrun import load_run
 
-        if (folder / "params.json").exists():
-            raise ValueError(
-                f"{folder} is in Meta's own format: run `minillm convert {folder} OUT`, then --model OUT"
-            )
         return load_run(folder, device)
     from minillm.zoo import OWN_TOKENIZER, load_folder
 

@@ -1453,6 +1453,8 @@ def load_published_tokenizer(folder: str | Path) -> PublishedTokenizer:
             found |= read_json(inside(folder, name), 16 << 20)
     if found.get("format") == "minillm":
         family = family_of(load_shape(folder)).name
+    elif not found and os.path.lexists(folder / "params.json"):
+        family = "llama"  # as Meta published it: there is nothing else to read
     else:
         family = recognise(found, folder / "config.json").name
     ids = {key: value for key, value in found.items() if key.endswith("_token_id") and type(value) is int}

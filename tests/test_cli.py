@@ -242,12 +242,10 @@ def test_an_unknown_option_exits_2(tmp_path):
 
 
 def test_a_folder_that_cannot_talk_says_what_it_lacks(tmp_path, capsys):
-    (tmp_path / "params.json").write_text("{}")
-    assert cli.main(["generate", "hello", "--model", str(tmp_path)]) == 2
-    assert "run `minillm convert" in capsys.readouterr().err
-    (tmp_path / "config.json").write_text("{}")
-    assert cli.main(["generate", "hello", "--model", str(tmp_path)]) == 2
-    assert "a model and no tokenizer" in capsys.readouterr().err
+    for name in ("params.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+        assert cli.main(["generate", "hello", "--model", str(tmp_path)]) == 2
+        assert "a model and no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["speedrun", "pretrain", "generate", "info", "tokenizer"])

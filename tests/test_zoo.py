@@ -442,6 +442,20 @@ def test_meta_s_files_give_the_same_model(n_slices, kv_heads, tmp_path):
     assert torch.equal(model(tokens), expected(tokens))
 
 
+def test_meta_s_folder_brings_its_tokenizer_and_talks(tmp_path, capsys):
+    plain = sentencepiece_model(tmp_path / "tokenizer.model", split_digits=True)
+    settings = {**LLAMA, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": plain.vocab_size()}
+    slices, params = to_meta(random_weights(settings), settings, 1)
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    torch.save(slices[0], tmp_path / "consolidated.00.pth")
+    model, tokenizer = zoo.load_folder(tmp_path)
+    assert model.config.vocab_size == tokenizer.vocab_size == plain.vocab_size()
+    assert tokenizer.encode("the fox") == [plain.bos_id(), *plain.encode("the fox")]
+    words = ["generate", "the fox", "--model", str(tmp_path), "--max-new-tokens", "3", "--device", "cpu"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.startswith("the fox")
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda folder: (folder / "consolidated.00.pth").unlink(), "not all there"),
     (lambda folder: (folder / "params.json").write_text('{"dim": 48}'), "no 'multiple_of'"),
