@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import tyro
-from torch.nn import functional as F
 
 from benchmarks.store import Store
+from minillm.attention import Mask
+from minillm.flash import BACKENDS, INSTALLED
 from minillm.generate import Sampler, generate
 from minillm.runtime import describe_machine, peak_memory_bytes, pick_device
 from minillm.train import (
@@ -192,18 +193,18 @@ def decoding(setting: Setting, name: str, batch: int) -> dict[str, Any]:
     }
 
 
-def attention(setting: Setting) -> dict[str, Any]:
-    """The library's attention kernel, causal, bf16, forward and backward: FLOP/s, half the square counted."""
+def attention(setting: Setting, backend: str) -> dict[str, Any]:
+    """One kernel of chapter 09, causal, bf16, forward and backward: FLOP/s, half the square counted."""
     setting.fresh()
     B, H, T, Dh = (1, 2, 32, 16) if setting.smoke else (4, 16, 4096, 128)
     shape = (B, H, T, Dh)
     q, k, v = (
         torch.randn(shape, device=setting.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
     )
-    upstream = torch.randn(shape, device=setting.device, dtype=torch.bfloat16)
+    upstream, mask = torch.randn(shape, device=setting.device, dtype=torch.bfloat16), Mask()
 
     def forward() -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return BACKENDS[backend](q, k, v, mask)
 
     def both() -> None:
         torch.autograd.grad(forward(), (q, k, v), upstream)
@@ -226,10 +227,15 @@ def plan(setting: Setting) -> dict[str, tuple[float, Callable[[], dict[str, Any]
     works: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {"matmul": (0.2, lambda: matmul(setting))}
     for name, minutes in (("125M", 1.0), ("350M", 1.7), ("1.3B", 2.0)):
         works[f"train {name} compiled"] = minutes, lambda name=name: training(setting, name, "compiled")
-    works["attention"] = 0.1, lambda: attention(setting)
+    kernels = (
+        ["sdpa", "triton"] + ["flash-attn"] * INSTALLED["flash_attn"] if setting.on_gpu else ["sdpa", "tiled"]
+    )
+    for backend in kernels:  # the Triton kernels are tuned at their first call
+        minutes = 0.6 if backend == "triton" else 0.1
+        works[f"attention {backend}"] = minutes, lambda backend=backend: attention(setting, backend)
     for name, batch in (("125M", 1), ("1.3B", 1), ("1.3B", 16), ("7B", 1)):
         works[f"decode {name} batch {batch}"] = (
-            0.4,
+            0.35,
             lambda name=name, batch=batch: decoding(setting, name, batch),
         )
     for name in ("125M", "1.3B"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +300,12 @@ def goals() -> str:
     if peers := [rate for name, rate in speeds.items() if not name.startswith("minillm")]:
         ratio = speeds.get("minillm", 0.0) / max(peers)
         rows.append(("near-duplicates of 100,000: speed ÷ fastest peer that finds them", ratio, 1.0, True))
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows += [
+            (f"{record['machine'].get('gpu', 'GPU')}, {what}", value, goal, True)
+            for what, value, goal in gpu_goals(record["results"])
+        ]
     if not rows:
         return not_yet("make bench")
     rated = table(
@@ -310,6 +316,29 @@ def goals() -> str:
         ],
     )  # fmt: skip
     return f":::{{container}} narrow\n{rated}\n:::"
+
+
+def gpu_goals(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, float]]:
+    """What was aimed at on a GPU, as far as it was measured: what, measured, goal."""
+    for size, goal in (("125M", 0.45), ("350M", 0.50), ("1.3B", 0.55)):
+        if mfu := results.get(f"train {size} compiled", {}).get("mfu"):
+            yield f"train {size} compiled: FLOP/s ÷ the card's peak (MFU)", mfu, goal
+    ours, library = (results.get(f"attention {name}", {}) for name in ("triton", "sdpa"))
+    for passes in ("forward", "both"):
+        key = f"{passes}_flops_per_s"
+        if key in ours and key in library:
+            yield (
+                f"our Triton kernel ÷ torch's, {passes.replace('both', 'both passes')}",
+                ours[key] / library[key],
+                0.7,
+            )
+    read, copied = results.get("decode 7B batch 1", {}), results.get("matmul", {})
+    if "bytes_per_s" in read and "copy_bytes_per_s" in copied:
+        yield (
+            "decode 7B bfloat16: bytes read ÷ the bandwidth of a copy",
+            read["bytes_per_s"] / copied["copy_bytes_per_s"],
+            0.7,
+        )
 
 
 def matmul_shares() -> dict[str, float]:

@@ -213,7 +213,8 @@ def test_the_gpu_script_measures_everything_within_its_budget(tmp_path, capsys):
         if name.startswith("decode"):
             assert result["new_tokens"] == 4
             assert "tokens_per_s" in result
-    assert results["attention"]["both_flops_per_s"] > 0
+    assert results["attention sdpa"]["both_flops_per_s"] > 0
+    assert results["attention tiled"]["both_flops_per_s"] > 0
     before = path.read_bytes()
     capsys.readouterr()
     gpu.run(replace(args, resume=True))
@@ -294,6 +295,28 @@ def test_the_page_shows_the_files_figures_and_what_is_not_reached(results):
     assert "decode b" not in training
     assert "nanoGPT (not on PyPI)" in page.machine()
     assert "torch 2, litgpt 0.5" in page.machine()
+
+
+def test_the_page_holds_a_gpu_against_its_goals(results):
+    record = {
+        "matmul": {"bf16_flops_per_s": 7e14, "copy_bytes_per_s": 4e12},
+        "train 350M compiled": {"mfu": 0.52},
+        "train 1.3B compiled": {"failed": "out of memory"},
+        "train 125M eager": {"mfu": 0.2},
+        "attention sdpa": {"forward_flops_per_s": 5e14, "both_flops_per_s": 4e14},
+        "attention triton": {"forward_flops_per_s": 4e14, "both_flops_per_s": 2e14},
+        "decode 7B batch 1": {"bytes_per_s": 3e12},
+    }
+    (results / "gpu-x.json").write_text(
+        json.dumps({"machine": {"gpu": "X", "torch": "2"}, "results": record})
+    )
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in page.goals().splitlines()[3:-1]}
+    assert {what: (row[0], row[2]) for what, row in rows.items()} == {
+        "X, train 350M compiled: FLOP/s ÷ the card's peak (MFU)": ("0.52", "yes |"),
+        "X, our Triton kernel ÷ torch's, forward": ("0.80", "yes |"),
+        "X, our Triton kernel ÷ torch's, both passes": ("0.50", "**no** |"),
+        "X, decode 7B bfloat16: bytes read ÷ the bandwidth of a copy": ("0.75", "yes |"),
+    }
 
 
 def test_the_figures_of_a_speedrun_count_each_stage_once(tmp_path):
