@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 # %% ../chapters/09_flash.ipynb #1bf6f364
+import contextlib
 import inspect
 import math
 import shutil
@@ -1044,13 +1045,16 @@ def attend_fast(
     Arguments and result are those of `attend`. Under autocast the products run in its dtype.
     """
     kind = q.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
+    outer = kind != "meta" and torch.is_autocast_enabled(kind)
+    if outer:
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     choice = choose_backend(
         kind, q.dtype, mask, shape=q.shape, n_keys=k.shape[2], alibi=slopes is not None,
         gradients=torch.is_grad_enabled() and q.requires_grad, modern=kind != "cuda" or torch.cuda.get_device_properties(q.device).major >= 8,
     )  # fmt: skip
-    return BACKENDS[choice.backend](q, k, v, mask, slopes=slopes)
+    # Inside, autocast would round the scores too, which the backends keep in float32.
+    with torch.autocast(kind, enabled=False) if outer else contextlib.nullcontext():
+        return BACKENDS[choice.backend](q, k, v, mask, slopes=slopes)
 
 
 # %% ../chapters/09_flash.ipynb #6df358de

@@ -518,6 +518,16 @@ def test_attend_fast_asks_the_rule_and_obeys(monkeypatch):
     assert (asked["gradients"], asked["alibi"], asked["dtype"]) == (False, False, torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", ["blocks", "sdpa", "tiled", "naive"])
+def test_autocast_rounds_what_goes_in_and_no_scores(backend, monkeypatch):
+    monkeypatch.setattr(flash, "choose_backend", lambda *args, **how: flash.Choice(backend, "because"))
+    q, k, v = (torch.randn(2, n, 70, 16) for n in (4, 2, 2))
+    expected = flash.BACKENDS[backend](*(x.bfloat16() for x in (q, k, v)), Mask())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flash.attend_fast(q, k, v, Mask()), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_attend_fast_equals_attend_where_the_mask_would_be_large(monkeypatch):
     inputs, grad, slopes = problem(*SHAPES["GQA, ALiBi"])
     expected = interpreted.both_passes(attend, inputs, grad, Mask(), slopes, torch.float32)
