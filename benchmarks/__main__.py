@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
             left += 1
             continue
         print(f"benchmarks.{name}", flush=True)
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode:
+        command = [sys.executable, "-m", f"benchmarks.{name}"]
+        if name == "dedup" and args.pip_args:  # it installs a peer
+            command.append(f"--pip-args={args.pip_args}")
+        if subprocess.run(command).returncode:
             failed.append(name)
     print(f"{(time.monotonic() - start) / 60:.1f} minutes" + (f"; {left} left for --resume" if left else ""))
     if failed:

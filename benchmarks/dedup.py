@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peers import Missing, folder_of
 from minillm.checkpoint import atomic_write
 from minillm.corpus import CorpusConfig, dice, generate, jaccard, pick, pick_some
 from minillm.dedup import NearDuplicates, find_near_duplicates, fold_text, sorted_set
@@ -275,6 +276,19 @@ def available(package: str | None) -> str | None:
         return None
 
 
+def find_peers(pip_args: str = "") -> None:
+    """Install the peers that are missing into folders of their own, and put those on the path, for our processes too."""
+    folders = []
+    for package in dict.fromkeys(package for package, _ in METHODS.values() if package):
+        if available(package) is None:
+            try:
+                folders.append(str(folder_of(package, pip_args=pip_args)))
+            except Missing as why:
+                print(f"skipped: {package}: {why}")
+    sys.path += folders
+    ONE_CORE["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *folders]))
+
+
 def measure_apart(name: str, path: Path, judge: bool) -> dict[str, Any]:
     """`measure_once` in a fresh process on one core."""
     command = [sys.executable, "-m", "benchmarks.dedup", "--one", name, str(path), str(int(judge))]
@@ -298,15 +312,14 @@ def main(argv: list[str] | None = None) -> int:
         "--limit-s", type=float, default=90, help="leave out what would take longer at a size"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--pip-args", default="", help="for pip, where a peer is installed")
     parser.add_argument("--one", nargs=3, metavar=("METHOD", "FILE", "JUDGE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
         print(json.dumps(measure_once(args.one[0], args.one[1], args.one[2] == "1")))
         return 0
+    find_peers(args.pip_args)
     versions = {name: available(package) for name, (package, _) in METHODS.items()}
-    for name, version in versions.items():
-        if version is None:
-            print(f"skipped: {name} is not installed (pip install {METHODS[name][0]})")
     runs: dict[str, dict[int, list[dict[str, Any]]]] = {
         name: {} for name, version in versions.items() if version is not None
     }

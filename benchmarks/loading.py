@@ -35,10 +35,12 @@ SHAPE = ModelConfig(
 )
 ROUNDS = 5
 PROCESS = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+if hasattr(os, "sched_setaffinity"):  # loaders that start threads of their own stay on the one core too
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 who, folder, dtype = sys.argv[1:]
 dtype = None if dtype == "stored" else getattr(torch, dtype)
 tokens = torch.zeros(1, 8, dtype=torch.long)

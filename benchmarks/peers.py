@@ -69,6 +69,29 @@ def environment(side: str, *, pip_args: str = "") -> Path:
     return python
 
 
+def folder_of(package: str, *, pip_args: str = "") -> Path:
+    """A folder with a package that needs nothing but what we have, to be put on the path; made the first time.
+
+    Raises:
+        Missing: the package cannot be installed here.
+    """
+    folder = BUILD / package
+    if not (folder / ".ready").exists():
+        print(f"installing {package} into {folder.relative_to(ROOT)}", flush=True)
+        install = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
+        try:
+            done = subprocess.run(
+                [*install, *pip_args.split(), "--upgrade", "--target", str(folder), package],
+                capture_output=True, text=True, timeout=900,
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError) as error:
+            raise Missing(f"pip install {package}: {error}") from None
+        if done.returncode:
+            raise Missing(f"pip install {package} failed: {done.stderr.strip().splitlines()[-1:]}")
+        (folder / ".ready").touch()
+    return folder
+
+
 class Side:
     """A worker process: one order out, one answer back."""
 

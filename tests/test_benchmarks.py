@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import beside, gpu, peers
+from benchmarks import beside, dedup, gpu, peers
 from benchmarks.sides.ours import Ours
 from benchmarks.speedrun import figures
 from benchmarks.store import Store
@@ -164,6 +166,25 @@ def test_the_works_have_names_of_their_own_and_the_quick_ones_are_among_the_full
     assert {(work.kind, work.dtype) for work in quick} >= {("train", "bfloat16"), ("decode", "bfloat16")}
     assert {work.batch for work in quick if work.kind == "decode"} == {1, 16}
     assert any(work.compiled and work.kind == "train" for work in works)
+
+
+def test_a_peer_that_is_not_installed_gets_a_folder_on_the_path_or_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "ROOT", tmp_path)
+    monkeypatch.setattr(peers, "BUILD", tmp_path / "peers")
+    with pytest.raises(peers.Missing, match="pip install no-such-package failed"):
+        peers.folder_of("no-such-package", pip_args="--no-index")
+    (tmp_path / "peers" / "there").mkdir(parents=True)
+    (tmp_path / "peers" / "there" / ".ready").touch()
+    monkeypatch.setattr(
+        dedup, "METHODS", {"a": ("there", None), "b": (None, None), "c": ("no-such-package", None)}
+    )
+    monkeypatch.setattr(dedup, "ONE_CORE", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    dedup.find_peers("--no-index")
+    folder = str(tmp_path / "peers" / "there")
+    assert folder in sys.path
+    assert dedup.ONE_CORE["PYTHONPATH"].split(os.pathsep)[-1] == folder
+    assert "skipped: no-such-package" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compiled", [False, True])
