@@ -31,7 +31,6 @@ __all__ = [
     "Weights",
     "read_shard_index",
     "open_weights",
-    "advise",
     "release",
     "copied",
     "Row",
@@ -434,29 +433,21 @@ def open_weights(folder: Path) -> Weights:
 
 
 # %% ../chapters/11_zoo.ipynb #878265a4
-def advise(tensor: Tensor, advice: str, unit: int = mmap.PAGESIZE) -> None:
-    """Tell the kernel what is to become of a tensor's memory, by one of Linux's `MADV_…`; elsewhere it is told nothing."""
-    code = getattr(mmap, f"MADV_{advice}", None)
-    if not sys.platform.startswith("linux") or code is None:
+def release(tensor: Tensor) -> None:
+    """Let the kernel drop the pages behind a view of a file. They come back from the file when they are used."""
+    if not sys.platform.startswith("linux"):
         return
-    start = -(-tensor.data_ptr() // unit) * unit  # whole pages only: the rest belongs to the neighbours
-    stop = (tensor.data_ptr() + tensor.nbytes) // unit * unit
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page  # whole pages only: the rest belongs to the neighbours
+    stop = (tensor.data_ptr() + tensor.nbytes) // page * page
     if stop > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), code)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 # %% ../chapters/11_zoo.ipynb #f426c219
-def release(tensor: Tensor) -> None:
-    """Let the kernel drop the pages behind a view of a file. They come back from the file when they are used."""
-    advise(tensor, "DONTNEED")
-
-
-# %% ../chapters/11_zoo.ipynb #80fe9cfc
 def copied(stored: Tensor, dtype: torch.dtype, *, chunk_bytes: int = 1 << 24) -> Tensor:
     """A copy in another dtype, made piece by piece, and of the original no more than a piece in memory."""
     out = torch.empty(stored.shape, dtype=dtype)
-    # Else the kernel stops the copying for every 4 KiB of new memory, which takes several times as long as the copying.
-    advise(out, "HUGEPAGE", 2 << 20)
     if not stored.is_contiguous() or not stored.numel():
         return out.copy_(stored)
     n_elements = max(1, chunk_bytes // max(stored.itemsize, out.itemsize))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -711,21 +710,6 @@ def test_the_weights_survive_the_folder(tmp_path):
     shutil.rmtree(tmp_path / "m")
     assert torch.equal(model.head.weight, weights["lm_head.weight"])
     model.head.weight.zero_()  # writing changes no file, and works
-
-
-def test_a_converted_tensor_lies_in_huge_pages_where_the_kernel_has_them():
-    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not switch.exists() or "[never]" in switch.read_text():
-        pytest.skip("this kernel has no huge pages to give")
-
-    def huge() -> int:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
-
-    stored, before = torch.randn(16 << 20).half(), huge()
-    out = zoo.copied(stored.clone(), torch.float32)
-    assert torch.equal(out, stored.float())
-    assert huge() - before >= 0.9 * out.nbytes
 
 
 MEASURE = """
