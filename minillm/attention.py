@@ -325,9 +325,6 @@ def _blocks_output(q, k, v, bias, causal):
     return q.new_empty(B, T, H, Dh).transpose(1, 2)
 
 
-blocks_forward.register_fake(_blocks_output)
-
-
 # %% ../chapters/08_attention.ipynb #70c0effe
 @torch.library.custom_op("minillm::blocks_backward", mutates_args=())
 def blocks_backward(
@@ -361,6 +358,7 @@ def _blocks_gradient(ctx, grad):
 
 
 # %% ../chapters/08_attention.ipynb #f15f6e4f
+blocks_forward.register_fake(_blocks_output)
 blocks_backward.register_fake(
     lambda grad, q, k, v, *_: (torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape))
 )
