@@ -279,8 +279,9 @@ def available(package: str | None) -> str | None:
 def find_peers(pip_args: str = "") -> None:
     """Install the peers that are missing into folders of their own, and put those on the path, for our processes too."""
     folders = []
-    for package in dict.fromkeys(package for package, _ in METHODS.values() if package):
-        if available(package) is None:
+    wanted = [package for package, _ in METHODS.values() if package]
+    for package in dict.fromkeys([*wanted, "xxhash==3.8.2"]):  # the hash that datatrove is fastest with
+        if available(package.partition("==")[0]) is None:
             try:
                 folders.append(str(folder_of(package, pip_args=pip_args)))
             except Missing as why:

@@ -185,6 +185,9 @@ def test_a_peer_that_is_not_installed_gets_a_folder_on_the_path_or_is_left_out(t
     assert folder in sys.path
     assert dedup.ONE_CORE["PYTHONPATH"].split(os.pathsep)[-1] == folder
     assert "skipped: no-such-package" in capsys.readouterr().out
+    monkeypatch.setattr(dedup, "available", lambda package: "1")  # what is there is not installed again
+    monkeypatch.setattr(dedup, "folder_of", None)
+    dedup.find_peers()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
