@@ -27,6 +27,24 @@ class Missing(Exception):
     """A side cannot do this work; the message says why."""
 
 
+def install(python: Path, package: str, *words: str, pip_args: str) -> None:
+    """`pip install` by one Python; `package` is what a message says was wanted.
+
+    Raises:
+        Missing: pip failed.
+    """
+    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *pip_args.split()]
+    try:
+        done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=900)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Missing(f"pip install {package}: {error}") from None
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
+            done.stderr[-200:]
+        ]
+        raise Missing(f"pip install {package} failed: {errors[-1].strip()}")
+
+
 def environment(side: str, *, pip_args: str = "") -> Path:
     """The Python that runs a side; its environment is made the first time.
 
@@ -45,26 +63,10 @@ def environment(side: str, *, pip_args: str = "") -> Path:
         pins = folder / "constraints.txt"  # the same torch as ours; everything else is the peer's choice
         lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         pins.write_text("\n".join(line for line in lines if re.match(r"(torch|numpy)==", line)))
-        install = [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
-            *pip_args.split(),
-        ]
-        done = subprocess.run(
-            [*install, "-c", str(pins), "torch", "numpy", OWN_ENVIRONMENT[side]],
-            capture_output=True, text=True, timeout=900,
-        )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         raise Missing(f"its environment could not be made: {error}") from None
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
-            done.stderr[-200:]
-        ]
-        raise Missing(f"pip install {OWN_ENVIRONMENT[side]} failed: {errors[-1].strip()}")
+    package = OWN_ENVIRONMENT[side]
+    install(python, package, "-c", str(pins), "torch", "numpy", package, pip_args=pip_args)
     (folder / ".ready").touch()
     return python
 
@@ -78,16 +80,8 @@ def folder_of(package: str, *, pip_args: str = "") -> Path:
     folder = BUILD / package
     if not (folder / ".ready").exists():
         print(f"installing {package} into {folder.relative_to(ROOT)}", flush=True)
-        install = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
-        try:
-            done = subprocess.run(
-                [*install, *pip_args.split(), "--upgrade", "--target", str(folder), package],
-                capture_output=True, text=True, timeout=900,
-            )  # fmt: skip
-        except (OSError, subprocess.SubprocessError) as error:
-            raise Missing(f"pip install {package}: {error}") from None
-        if done.returncode:
-            raise Missing(f"pip install {package} failed: {done.stderr.strip().splitlines()[-1:]}")
+        options = ("--no-deps", "--upgrade", "--target", str(folder))
+        install(Path(sys.executable), package, *options, package, pip_args=pip_args)
         (folder / ".ready").touch()
     return folder
 
