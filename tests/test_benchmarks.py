@@ -17,6 +17,8 @@ from benchmarks import beside, dedup, gpu, peers
 from benchmarks.sides.ours import Ours
 from benchmarks.speedrun import figures
 from benchmarks.store import Store
+from benchmarks.worker import Worker
+from minillm.attention import Mask, attend, attend_by_block
 from minillm.transformer import ModelConfig, flops_per_token
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,14 @@ def test_every_side_computes_what_minillm_computes(sides, kind):
         assert (
             parts["linear layers"] + parts["attention"] + parts["optimizer"] < 0.9
         )  # each was found, none twice
+
+
+@pytest.mark.parametrize("kernel", [attend, attend_by_block])
+def test_attention_is_found_by_whatever_kernel_it_ran(kernel):
+    q = torch.randn(4, 4, 128, 16, requires_grad=True)
+    side = Worker.__new__(Worker)
+    side.work = lambda: kernel(q, q, q, Mask()).sum().backward()
+    assert side.parts()["attention"] > 0.5
 
 
 def test_an_answer_of_other_weights_is_noticed(sides, tmp_path):
