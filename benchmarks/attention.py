@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.packing import RESULTS
 from minillm.attention import Mask
-from minillm.checkpoint import atomic_write
-from minillm.flash import BACKENDS, INSTALLED, peak_bytes
-from minillm.runtime import describe_machine, pick_device, seed_everything, tune_allocator
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine, peak_bytes, pick_device, seed_everything
+from minillm.flash import BACKENDS, INSTALLED
+from minillm.kernels.matmul import tune_allocator
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEAD_DIMS = (64, 128)

@@ -265,7 +265,8 @@ def run(args: Args) -> int:
     """Measure, store, and tell. Returns the number of works left undone for lack of time."""
     import transformers
 
-    from minillm.runtime import describe_machine, tune_matmul
+    from minillm.base.machine import describe_machine
+    from minillm.kernels.matmul import tune_matmul
 
     machine = describe_machine() | {"torch_threads": args.threads}
     command = "make bench" if args.quick else "make bench-full"

@@ -22,11 +22,17 @@ from typing import Any
 
 import torch
 
-from minillm.checkpoint import atomic_write
-from minillm.clean import clean, clean_recipe, default_steps, with_repetitions
-from minillm.corpus import CorpusConfig, Document, benchmark_item, generate, write_documents
-from minillm.report import truth_table
-from minillm.runtime import describe_machine, peak_memory_bytes
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine, peak_memory_bytes
+from minillm.corpus import Document
+from minillm.pipeline.run import clean
+from minillm.pipeline.steps import clean_recipe, default_steps
+from minillm.readers.documents import write_documents
+from minillm.show.cleaning import truth_table
+from minillm.world.defects import benchmark_item
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
+from minillm.world.truth import with_repetitions
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "clean.json"
 SIZES = (1_000, 10_000, 100_000)

@@ -11,15 +11,21 @@ from pathlib import Path
 
 import torch
 
-from minillm.batches import Loader, TokenShards, write_shards
-from minillm.checkpoint import atomic_write
-from minillm.corpus import COPIES, CorpusConfig, Document, benchmark_item, canary, dice, generate
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine, seed_everything
+from minillm.batches import Loader
+from minillm.corpus import Document, dice
 from minillm.dedup import Decontaminate
-from minillm.quality import Drop
-from minillm.runtime import describe_machine, seed_everything, tune_allocator
+from minillm.extract import Drop
+from minillm.kernels.matmul import tune_allocator
+from minillm.runs.keeper import train
+from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import BPETokenizer, train_bpe
-from minillm.train import TrainConfig, train
+from minillm.train import TrainConfig
 from minillm.transformer import ModelConfig, Transformer
+from minillm.world.defects import COPIES, benchmark_item, canary
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "dedup-contamination.json"
 CORPUS = CorpusConfig(knowledge=0.1)

@@ -26,10 +26,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import Missing, folder_of
-from minillm.checkpoint import atomic_write
-from minillm.corpus import CorpusConfig, dice, generate, jaccard, pick, pick_some
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine, peak_memory_bytes
+from minillm.corpus import dice, jaccard, pick, pick_some
 from minillm.dedup import NearDuplicates, find_near_duplicates, fold_text, sorted_set
-from minillm.runtime import describe_machine, peak_memory_bytes
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "dedup-speed.json"
 THRESHOLD, SHINGLE, N_PERM = 0.8, 5, 128

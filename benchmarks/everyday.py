@@ -66,7 +66,8 @@ def imports(rounds: int) -> dict[str, Any]:
 def tokenizer(n_bytes: int, rounds: int) -> dict[str, Any]:
     """Training to 4,096 tokens and encoding of the package's own corpus."""
     from benchmarks.tokenizer import speed, take
-    from minillm.corpus import CorpusConfig, generate
+    from minillm.world.stream import generate
+    from minillm.world.task import CorpusConfig
 
     texts = take(
         [d.text for d in generate(CorpusConfig(seed=0), n_documents=max(100, n_bytes // 200))], n_bytes
@@ -79,7 +80,7 @@ def run(args: Args) -> None:
     import sentencepiece
     import tokenizers
 
-    from minillm.runtime import describe_machine
+    from minillm.base.machine import describe_machine
 
     store = Store(
         args.out, command="make bench", machine=describe_machine() | {"torch_threads": 1}, resume=args.resume

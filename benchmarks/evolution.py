@@ -24,13 +24,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minillm.attention import Mask
-from minillm.batches import Batch, Loader, TokenShards, write_shards
-from minillm.checkpoint import atomic_write
-from minillm.corpus import CorpusConfig, generate
-from minillm.runtime import describe_machine, seed_everything, tune_allocator
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine, seed_everything
+from minillm.batches import Batch, Loader
+from minillm.kernels.matmul import tune_allocator
+from minillm.runs.keeper import train
+from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import train_bpe
-from minillm.train import TrainConfig, batch_loss, head_weight, linear_cross_entropy, train
+from minillm.train import TrainConfig, batch_loss, head_weight, linear_cross_entropy
 from minillm.transformer import ModelConfig, Transformer, count_parameters, kv_cache_bytes
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "evolution.json"
 SEEDS = (0, 1, 2)

@@ -20,18 +20,11 @@ import tyro
 
 from benchmarks.store import Store
 from minillm.attention import Mask
+from minillm.base.machine import describe_machine, peak_flops, peak_memory_bytes, pick_device
 from minillm.flash import BACKENDS, INSTALLED
 from minillm.generate import Sampler, generate
-from minillm.runtime import describe_machine, peak_memory_bytes, pick_device
-from minillm.train import (
-    Engine,
-    TrainConfig,
-    autocast,
-    compiled,
-    linear_cross_entropy,
-    model_flops_utilization,
-    peak_flops,
-)
+from minillm.runs.keeper import compiled
+from minillm.train import Engine, TrainConfig, autocast, linear_cross_entropy, model_flops_utilization
 from minillm.transformer import ModelConfig, Transformer, count_parameters, flops_per_token, kv_cache_bytes
 
 # LLaMA shapes; hidden widths are LLaMA's rule, two thirds of 4 D rounded up.
@@ -194,7 +187,7 @@ def decoding(setting: Setting, name: str, batch: int) -> dict[str, Any]:
 
 
 def attention(setting: Setting, backend: str) -> dict[str, Any]:
-    """One kernel of chapter 09, causal, bf16, forward and backward: FLOP/s, half the square counted."""
+    """One kernel of chapter 12, causal, bf16, forward and backward: FLOP/s, half the square counted."""
     setting.fresh()
     B, H, T, Dh = (1, 2, 32, 16) if setting.smoke else (4, 16, 4096, 128)
     shape = (B, H, T, Dh)

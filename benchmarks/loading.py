@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from minillm.checkpoint import atomic_write
-from minillm.runtime import describe_machine
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine
+from minillm.hub.published import save_checkpoint
 from minillm.transformer import ModelConfig, Transformer, count_parameters
-from minillm.zoo import save_checkpoint
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "loading.json"
 SHAPE = ModelConfig(

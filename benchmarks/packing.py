@@ -8,13 +8,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minillm.batches import Loader, TokenShards, write_shards
-from minillm.checkpoint import atomic_write
-from minillm.corpus import CorpusConfig, generate
-from minillm.runtime import describe_machine, seed_everything, tune_allocator
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine, seed_everything
+from minillm.batches import Loader
+from minillm.kernels.matmul import tune_allocator
+from minillm.runs.keeper import train
+from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import train_bpe
-from minillm.train import TrainConfig, evaluate_loss, train
+from minillm.train import TrainConfig, evaluate_loss
 from minillm.transformer import ModelConfig, Transformer
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "packing.json"
 STEPS = (100, 200, 400, 800, 1200)

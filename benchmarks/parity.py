@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillm import zoo
-from minillm.checkpoint import atomic_write
-from minillm.runtime import describe_machine
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine
+from minillm.hub import published
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "data" / "results" / "parity.json"
@@ -49,7 +49,7 @@ def largest(
         torch.manual_seed(seed)
         weights = random_weights(settings, dtype, settings.get("tie_word_embeddings", False))
         with tempfile.TemporaryDirectory() as folder:
-            model = zoo.load_checkpoint(write_folder(Path(folder), weights, settings, n_shards=2))
+            model = published.load_checkpoint(write_folder(Path(folder), weights, settings, n_shards=2))
             expected = reference(weights, settings, prompts)
             width = prompts.shape[1]
             padded = F.pad(prompts, (3, 0), value=3)

@@ -14,10 +14,13 @@ from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
-from minillm import quality
-from minillm.checkpoint import atomic_write
-from minillm.corpus import CorpusConfig, Document, generate
-from minillm.runtime import describe_machine
+from minillm import detect, harm
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine
+from minillm.corpus import Document
+from minillm.vendors import presidio
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parents[1] / "data" / "results" / "quality.json"
 ROUNDS, PAGES, DOCUMENTS = 3, 400, 3000
@@ -27,22 +30,22 @@ PIECES = (
 )  # fmt: skip
 
 
-def steps() -> dict[str, quality.Step]:
+def steps() -> dict[str, extract.Step]:
     return {
-        "well_formed": quality.WellFormed(),
-        "extract_text": quality.ExtractText(),
-        "extract_text (trafilatura)": quality.ExtractText(engine="trafilatura"),
-        "extract_text (justext)": quality.ExtractText(engine="justext"),
-        "repair_encoding": quality.RepairEncoding(),
-        "language": quality.Language(),
-        "language (py3langid)": quality.Language(engine="py3langid"),
-        "length": quality.Length(),
-        "heuristics": quality.Heuristics(),
-        "machine_text": quality.MachineText(),
-        "toxicity": quality.Toxicity(),
-        "toxicity (profanity-check)": quality.Toxicity(scorer=quality.profanity_score),
-        "redact_pii": quality.RedactPII(),
-        "redact_pii (presidio)": quality.RedactPII(find=quality.PresidioFinder()),
+        "well_formed": extract.WellFormed(),
+        "extract_text": extract.ExtractText(),
+        "extract_text (trafilatura)": extract.ExtractText(engine="trafilatura"),
+        "extract_text (justext)": extract.ExtractText(engine="justext"),
+        "repair_encoding": extract.RepairEncoding(),
+        "language": filter.Language(),
+        "language (py3langid)": filter.Language(engine="py3langid"),
+        "length": filter.Length(),
+        "heuristics": filter.Heuristics(),
+        "machine_text": detect.MachineText(),
+        "toxicity": harm.Toxicity(),
+        "toxicity (profanity-check)": harm.Toxicity(scorer=text.profanity_score),
+        "redact_pii": harm.RedactPII(),
+        "redact_pii (presidio)": harm.RedactPII(find=presidio.PresidioFinder()),
     }
 
 
@@ -63,18 +66,18 @@ def speed() -> list[dict]:
 
 
 def extraction() -> dict[str, dict[str, float]]:
-    pages = [quality.write_page(("benchmark", number)) for number in range(PAGES)]
-    texts = [quality.decode_page(page.data, page.declared)[0] for page in pages]
+    pages = [pages.write_page(("benchmark", number)) for number in range(PAGES)]
+    texts = [extract.decode_page(page.data, page.declared)[0] for page in pages]
     engines = {
-        **quality.EXTRACTORS,
-        "density without hints": lambda page: quality.extract_density(page, hints=False),
-        "everything": lambda page: "\n".join(b.text for b in quality.PageParser(False).parse(page).blocks),
+        **steps.EXTRACTORS,
+        "density without hints": lambda page: extract.extract_density(page, hints=False),
+        "everything": lambda page: "\n".join(b.text for b in extract.PageParser(False).parse(page).blocks),
     }
     scores: dict[str, dict[str, float]] = {}
     for name, extract in engines.items():
         by: dict[str, list[float]] = defaultdict(list)
         for page, text in zip(pages, texts, strict=True):
-            f1 = quality.token_f1(extract(text), page.text)
+            f1 = extract.token_f1(extract(text), page.text)
             for trap in ("all", *page.traps):
                 by[trap].append(f1)
         scores[name] = {trap: round(statistics.mean(values), 3) for trap, values in sorted(by.items())}

@@ -15,14 +15,21 @@ import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
-from minillm.batches import Loader, TokenShards, write_shards
-from minillm.checkpoint import atomic_write
-from minillm.clean import clean, clean_recipe, default_steps
-from minillm.corpus import CorpusConfig, benchmark_item, generate, read_documents, write_documents
-from minillm.runtime import describe_machine, seed_everything, tune_allocator
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine, seed_everything
+from minillm.batches import Loader
+from minillm.kernels.matmul import tune_allocator
+from minillm.pipeline.run import clean
+from minillm.pipeline.steps import clean_recipe, default_steps
+from minillm.readers.documents import read_documents, write_documents
+from minillm.runs.keeper import train
+from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import Tokenizer, train_bpe
-from minillm.train import TrainConfig, evaluate_loss, train
+from minillm.train import TrainConfig, evaluate_loss
 from minillm.transformer import ModelConfig, Transformer
+from minillm.world.defects import benchmark_item
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "quality_over_volume.json"
 SHARES = (0.3, 0.5)

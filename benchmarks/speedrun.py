@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from minillm.checkpoint import atomic_write
-from minillm.runtime import describe_machine
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine
 
 RESULTS = Path(__file__).parents[1] / "data" / "results" / "speedrun.json"
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minillm.checkpoint import atomic_write
+from minillm.base.files import atomic_write
 
 
 def now() -> str:

@@ -20,8 +20,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from minillm.checkpoint import atomic_write
-from minillm.corpus import CorpusConfig, generate, read_documents
+from minillm.base.files import atomic_write
+from minillm.readers.documents import read_documents
 from minillm.tokenizer import (
     BPETokenizer,
     SentencePieceTokenizer,
@@ -29,6 +29,8 @@ from minillm.tokenizer import (
     train_bpe,
     train_sentencepiece,
 )
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parents[1] / "data" / "results" / "tokenizer.json"
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768)

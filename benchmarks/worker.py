@@ -39,7 +39,7 @@ PARTS = {
 
 
 def keep_freed_memory() -> None:
-    """What `minillm.runtime.tune_allocator` does, for every side, so that the allocator decides nothing."""
+    """What `minillm.kernels.matmul.tune_allocator` does, for every side, so that the allocator decides nothing."""
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from minillm.base.files import atomic_write
+from minillm.base.machine import describe_machine, held_bytes
+from minillm.base.processes import run_processes
 from minillm.batches import make_batch
-from minillm.checkpoint import atomic_write
-from minillm.runtime import describe_machine
+from minillm.runs.engines import EngineConfig, make_engine
 from minillm.train import Engine, TrainConfig, batch_loss
 from minillm.transformer import ModelConfig, Transformer, count_parameters
-from minillm.zero import EngineConfig, held_bytes, make_engine, run_processes
 
 RESULTS = Path(__file__).parents[1] / "data" / "results" / "zero.json"
 SHAPE = ModelConfig(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minillm import plot
+from minillm.show import plot
 
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 SIDES = ("minillm", "plain PyTorch", "transformers", "litgpt", "x-transformers")

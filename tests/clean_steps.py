@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minillm.quality import Drop
+from minillm.extract import Drop
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ STEPS = (*QUICK[:3], Slow(), *QUICK[3:])
 if __name__ == "__main__":
     import clean_steps  # not the classes of __main__: workers import this module by its name
 
-    from minillm.clean import clean
+    from minillm.pipeline.run import clean
 
     source, out, workers, steps = sys.argv[1:]
     clean(

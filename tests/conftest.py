@@ -38,11 +38,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     """Each test starts from the same random state, and leaves global torch settings and kernels as it found them."""
-    from minillm import runtime
+    from minillm.kernels import matmul
 
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
-    while runtime._kernels:  # a command has called tune_matmul
-        runtime._kernels.pop()._destroy()
+    while matmul._kernels:  # a command has called tune_matmul
+        matmul._kernels.pop()._destroy()

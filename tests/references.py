@@ -140,7 +140,7 @@ def pack_reference(lengths, row_tokens, decreasing=True):
 
 
 def bpe_learn_reference(counts, n_merges, min_count):
-    """Recount every pair of every word for each merge: the definition of chapter 04, with its three limits."""
+    """Recount every pair of every word for each merge: the definition of chapter 07, with its three limits."""
     from minillm.tokenizer import MAX_TOKEN_BYTES, keeps_characters
 
     words = [(list(word.encode("utf-8", "surrogatepass")), n) for word, n in counts.items()]

@@ -8,18 +8,10 @@ from references import attention_reference, visible_reference
 from tolerances import assert_close, assert_low_precision
 from torch.nn import functional as F
 
-from minillm import attention
-from minillm.attention import (
-    Attention,
-    KVCache,
-    Mask,
-    attend,
-    attend_by_block,
-    score_bias,
-    visible,
-    weights_by_block,
-)
+from minillm.attention import Attention, KVCache, Mask, attend, attend_by_block, score_bias, visible
 from minillm.check import check, laws
+from minillm.kernels import blocks
+from minillm.kernels.blocks import weights_by_block
 from minillm.position import ALiBi, RoPE, alibi_slopes
 
 
@@ -258,18 +250,18 @@ def test_blocks_multiply_in_float32_where_16_bits_are_emulated(monkeypatch):
     monkeypatch.setattr(attention, "fast_bfloat16", lambda device: seen.append(device) or False)
     slow = attend_by_block(q, k, v, Mask())
     assert seen
-    assert attention.product_dtype(q) == torch.float32
+    assert blocks.product_dtype(q) == torch.float32
     monkeypatch.setattr(attention, "fast_bfloat16", lambda device: True)
-    assert attention.product_dtype(q) == torch.bfloat16
-    assert attention.product_dtype(q.half()) == torch.float32
+    assert blocks.product_dtype(q) == torch.bfloat16
+    assert blocks.product_dtype(q.half()) == torch.float32
     torch.testing.assert_close(attend_by_block(q, k, v, Mask()), slow, atol=0.02, rtol=0.02)
 
 
 def test_the_blocks_pass_torchs_own_checks_of_an_operator():
     q, k, v = (x.requires_grad_() for x in random_qkv(B=1, H=2, K=1, T=5, S=7, Dh=4, dtype=torch.float64))
     for bias in (None, torch.randn(1, 2, 5, 7, dtype=torch.float64)):
-        torch.library.opcheck(attention.blocks_forward, (q, k, v, bias, True))
-        assert torch.autograd.gradcheck(attention.blocks_forward, (q, k, v, bias, True))
+        torch.library.opcheck(blocks.blocks_forward, (q, k, v, bias, True))
+        assert torch.autograd.gradcheck(blocks.blocks_forward, (q, k, v, bias, True))
 
 
 def test_alibi_penalties_are_rounded_once():

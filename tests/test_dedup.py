@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 
 from minillm import dedup
 from minillm.check import check, laws
-from minillm.corpus import CorpusConfig, Document, benchmark_item, clean_document, generate, jaccard, shingles
-from minillm.quality import Drop
+from minillm.corpus import Document, jaccard, shingles
+from minillm.extract import Drop
+from minillm.world.defects import benchmark_item
+from minillm.world.documents import clean_document
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 SOLUTIONS = {
     "dedup.minhash": lambda hashes, a, b: dedup.minhash(hashes, (a, b)),
@@ -510,12 +514,12 @@ def test_wrong_settings_are_refused(options, message):
 @QUICK
 @given(st.text(st.sampled_from('ab .!?。！”"\n'), max_size=40))
 def test_sentences_join_to_the_text(text):
-    assert "".join(dedup.sentences_of(text)) == text
+    assert "".join(corpus.sentences_of(text)) == text
 
 
 def test_sentences_of_both_languages():
     text = 'It cost 3.50. "Why?" she asked! 他说：“好。”然后走了。\nEnd'
-    assert [s.strip() for s in dedup.sentences_of(text)] == [
+    assert [s.strip() for s in corpus.sentences_of(text)] == [
         "It cost 3.50.",
         '"Why?"',
         "she asked!",
@@ -534,7 +538,7 @@ def test_each_sentence_stays_so_many_times(max_copies):
         dedup.fold_text(s)
         for result in results
         if isinstance(result, Document)
-        for s in dedup.sentences_of(result.text)
+        for s in corpus.sentences_of(result.text)
     )
     assert kept["read our terms."] == min(max_copies, 7)
     assert kept["one fish swam away."] == min(max_copies, 3)

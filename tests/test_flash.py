@@ -14,7 +14,9 @@ from tolerances import assert_close, assert_low_precision
 
 from minillm import flash
 from minillm.attention import Attention, Mask, attend
+from minillm.base import machine
 from minillm.check import check, laws
+from minillm.kernels import triton_flash
 from minillm.position import alibi_slopes
 
 # ---- the exercises
@@ -333,7 +335,7 @@ def test_no_mask_of_rows_times_keys_is_ever_made(monkeypatch):
 def test_peak_memory_is_linear_in_the_length_and_the_naive_one_is_not():
     def peak(one, T):
         q, k, v = (torch.randn(1, 1, T, 16, requires_grad=True) for _ in range(3))
-        return flash.peak_bytes(lambda: one(q, k, v, Mask()).sum().backward())
+        return machine.peak_bytes(lambda: one(q, k, v, Mask()).sum().backward())
 
     growth = {one: peak(one, 2048) / peak(one, 1024) for one in (flash.attend_naive, flash.attend_tiled)}
     assert growth[flash.attend_naive] > 3.5
@@ -348,14 +350,14 @@ def test_peak_bytes_counts_what_is_held_at_once():
         torch.empty(1 << 20, dtype=torch.uint8)
         return kept
 
-    assert abs(flash.peak_bytes(run) - (2 << 20)) < 4096
+    assert abs(machine.peak_bytes(run) - (2 << 20)) < 4096
 
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_document_edges_equal_a_search(data):
     ids = data.draw(st.lists(st.lists(st.integers(-2, 3), min_size=9, max_size=9), min_size=1, max_size=3))
-    first, last = flash.document_edges(torch.tensor(ids))
+    first, last = triton_flash.document_edges(torch.tensor(ids))
     assert first.dtype == last.dtype == torch.int32
     assert first.tolist() == [[row.index(d) for d in row] for row in ids]
     assert last.tolist() == [[8 - row[::-1].index(d) for d in row] for row in ids]
@@ -539,7 +541,7 @@ def test_attend_fast_equals_attend_where_the_mask_would_be_large(monkeypatch):
 
 
 def test_the_models_use_it():
-    from minillm.recipes import recipe
+    from minillm.runs.recipes import recipe
     from minillm.transformer import Transformer
 
     with torch.device("meta"):
@@ -663,14 +665,14 @@ def test_nothing_heavy_is_imported_with_the_models():
 def test_the_interpreter_must_be_switched_on_first():
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        flash.kernels(interpreted=True)
+        triton_flash.kernels(interpreted=True)
 
 
 def test_the_kernels_compile_for_ampere_and_hopper():
     pytest.importorskip("triton")
     rows = [json.loads(line) for line in run_python(COMPILED).splitlines()]
     assert [(name, capability) for name, capability, _ in rows] == [
-        (name, capability) for capability in (80, 90) for name in flash.TILES
+        (name, capability) for capability in (80, 90) for name in triton_flash.TILES
     ]
     assert all(count > 0 for *_, count in rows), rows  # the matrix units of that generation are used
 
@@ -700,11 +702,11 @@ def test_bad_calls_are_named(one):
 
 
 def test_info_attention_says_which_and_why(capsys):
-    from minillm import cli
+    from minillm.cli import main
 
-    assert cli.main(["info", "--attention", "--device", "cuda"]) == 0
+    assert main.main(["info", "--attention", "--device", "cuda"]) == 0
     cuda = capsys.readouterr().out
-    assert cli.main(["info", "--attention", "--device", "cpu", "--seq-len", "8192"]) == 0
+    assert main.main(["info", "--attention", "--device", "cpu", "--seq-len", "8192"]) == 0
     cpu = capsys.readouterr().out
     for text in (cuda, cpu):
         assert all(
@@ -715,7 +717,7 @@ def test_info_attention_says_which_and_why(capsys):
     assert "float32" in cpu
     assert "tiled" in cpu
     assert chosen(mask=PACKED).backend in cuda
-    assert cli.main(["info", "--attention", "--device", "abacus"]) == 2
+    assert main.main(["info", "--attention", "--device", "abacus"]) == 2
 
 
 def test_the_benchmark_measures_what_it_says(monkeypatch):

@@ -10,7 +10,8 @@ from tolerances import LOGITS, assert_close, assert_low_precision
 
 from minillm import generate as g
 from minillm.check import check, laws
-from minillm.generate import Prepared, Sampler, generate, generate_text, log_likelihood, stream, stream_text
+from minillm.generate import Sampler, generate, generate_text, log_likelihood, stream, stream_text
+from minillm.serving.fast import Prepared
 from minillm.transformer import ModelConfig, Transformer
 
 TINY = ModelConfig(
@@ -297,7 +298,7 @@ def test_cached_equals_uncached_and_batched_equals_single(config):
     expected = [uncached(model, prompt, 40) for prompt in PROMPTS]
     assert len({token for row in expected for token in row}) > 5  # or the test would prove little
     if (
-        g.obstacle(model) is not None
+        fast.obstacle(model) is not None
     ):  # the reference has no padding, and this model's layout counts real tokens
         assert [generate(model, [p], max_new_tokens=20)[0] for p in PROMPTS] == [row[:20] for row in expected]
     assert generate(model, PROMPTS, max_new_tokens=40) == expected  # prepared, where the model allows it
@@ -316,7 +317,7 @@ def test_a_prepared_model_gives_the_same_logits(config):
     with torch.no_grad():
         for cache in caches:
             g.prefill(model, tokens, real[:, :7], cache)
-        plain, fast = g.Session(model, caches[0], real), g.FastSession(Prepared(model), caches[1], real)
+        plain, fast = g.Session(model, caches[0], real), fast.FastSession(Prepared(model), caches[1], real)
         for step in range(70):  # past one block of rotations
             new = torch.tensor([step % 50, 3, 7])
             torch.testing.assert_close(fast.step(new), plain.step(new), rtol=1e-9, atol=1e-9)
@@ -331,7 +332,7 @@ def test_prepared_in_float32_stays_within_the_logits_tolerance():
     real = torch.ones(4, 30, dtype=torch.bool)
     with torch.no_grad():
         g.prefill(model, tokens[:, :1], real[:, :1], cache)
-        session = g.FastSession(Prepared(model), cache, real)
+        session = fast.FastSession(Prepared(model), cache, real)
         ours = torch.stack([session.step(tokens[:, t]).clone() for t in range(1, 30)], dim=1)
         assert (ours - model(tokens)[:, 1:]).abs().max() < LOGITS[torch.float32]
 
@@ -348,7 +349,7 @@ def test_a_packed_matrix_multiplies_as_any_other(rows, biased, monkeypatch):
     x, told = torch.randn(rows, 24), []
     for packed in (False, True):
         monkeypatch.setattr(g, "mkl_idles", lambda packed=packed: packed)
-        project = g.Projection(weights, biases, scale, torch.float32)
+        project = fast.Projection(weights, biases, scale, torch.float32)
         assert project.packed == (packed and torch.backends.mkldnn.is_available())
         out = torch.full((rows, 47), torch.nan)
         project(x, out)
@@ -356,11 +357,11 @@ def test_a_packed_matrix_multiplies_as_any_other(rows, biased, monkeypatch):
         project.add(x, out)
         assert_close(out, 2 * told[-1])
     assert_close(told[0], told[1])
-    assert not g.packing_pays(weights[0].double())
-    assert not g.packing_pays(weights[0].to("meta"))
+    assert not fast.packing_pays(weights[0].double())
+    assert not fast.packing_pays(weights[0].to("meta"))
 
 
-@pytest.mark.parametrize("projection", [g.Projection, g.HalfProjection])
+@pytest.mark.parametrize("projection", [fast.Projection, fast.HalfProjection])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("native", NATIVE)
 def test_prepared_bfloat16_errs_no_more_than_the_model(projection, batch, native, monkeypatch):
@@ -375,7 +376,7 @@ def test_prepared_bfloat16_errs_no_more_than_the_model(projection, batch, native
     cache = half.make_cache(batch, 20)
     with torch.no_grad():
         g.prefill(half, tokens[:, :1], real[:, :1], cache)
-        session = g.FastSession(Prepared(half, projection=projection), cache, real)
+        session = fast.FastSession(Prepared(half, projection=projection), cache, real)
         ours = torch.stack([session.step(tokens[:, t]).clone() for t in range(1, 20)], dim=1)
         assert_low_precision(ours, half(tokens)[:, 1:], model(tokens)[:, 1:])
 
@@ -383,7 +384,7 @@ def test_prepared_bfloat16_errs_no_more_than_the_model(projection, batch, native
 @llama_like
 def test_turns_are_the_position_encoding(config):
     model = make(config)
-    turns = g.Turns(model.position, 8, torch.float64, torch.device("cpu"))
+    turns = fast.Turns(model.position, 8, torch.float64, torch.device("cpu"))
     x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
     for t in (0, 5, 63, 64, 3):  # forth and back, over the end of a block
         expected = x
@@ -539,22 +540,22 @@ def test_a_prepared_model_is_a_snapshot():
     model = make()
     prepared = Prepared(model)
     before = generate(prepared, PROMPTS, max_new_tokens=8)
-    steps = g.FastSession(prepared, model.make_cache(1, 4), torch.ones(1, 4, dtype=torch.bool))
+    steps = fast.FastSession(prepared, model.make_cache(1, 4), torch.ones(1, 4, dtype=torch.bool))
     first = steps.step(torch.tensor([3])).clone()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(-1.5)
-    steps = g.FastSession(prepared, model.make_cache(1, 4), torch.ones(1, 4, dtype=torch.bool))
+    steps = fast.FastSession(prepared, model.make_cache(1, 4), torch.ones(1, 4, dtype=torch.bool))
     assert torch.equal(steps.step(torch.tensor([3])), first)
     assert generate(model, PROMPTS, max_new_tokens=40) != before  # and generate(model) sees the new weights
     assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
 
 
 def test_large_16_bit_models_stay_in_16_bits(monkeypatch):
-    for dtype, kind in ((torch.float32, g.Projection), (torch.bfloat16, g.Projection)):
+    for dtype, kind in ((torch.float32, fast.Projection), (torch.bfloat16, fast.Projection)):
         assert type(Prepared(make(dtype=dtype)).head) is kind
     monkeypatch.setattr(Prepared, "wide_bytes", 1000)
-    for dtype, kind in ((torch.float32, g.Projection), (torch.bfloat16, g.HalfProjection)):
+    for dtype, kind in ((torch.float32, fast.Projection), (torch.bfloat16, fast.HalfProjection)):
         prepared = Prepared(make(dtype=dtype))
         assert type(prepared.head) is kind
         assert prepared.head.weight.dtype == dtype
@@ -576,15 +577,15 @@ def test_what_cannot_be_prepared_is_decoded_without():
     assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
     model = make()
     handle = model.blocks[0].register_forward_hook(lambda module, inputs, output: output * 0.5)
-    assert g.obstacle(model) == "blocks.0 has a forward hook"
+    assert fast.obstacle(model) == "blocks.0 has a forward hook"
     assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
     handle.remove()
-    assert g.obstacle(model) is None
+    assert fast.obstacle(model) is None
     model.norm.register_forward_pre_hook(lambda module, inputs: None)
-    assert g.obstacle(model) == "norm has a forward hook"
-    assert "layer" in str(g.obstacle(make(GLM)))
+    assert fast.obstacle(model) == "norm has a forward hook"
+    assert "layer" in str(fast.obstacle(make(GLM)))
     assert "rules of its own" in str(
-        g.obstacle(Transformer(TINY, layout=lambda *a: (a[1], torch.zeros(1, 1))))
+        fast.obstacle(Transformer(TINY, layout=lambda *a: (a[1], torch.zeros(1, 1))))
     )
 
 

@@ -12,9 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm import quality as q
+from minillm import corpus, detect, harm
+from minillm import extract as q
+from minillm.base.errors import CorpusError
 from minillm.check import check, laws
-from minillm.corpus import TOXIC, CorpusConfig, CorpusError, Document, dice, generate
+from minillm.corpus import Document, dice
+from minillm.vendors import perspective, presidio
+from minillm.world.defects import TOXIC
+from minillm.world.stream import generate
+from minillm.world.task import CorpusConfig
 
 DOCUMENTS = list(generate(CorpusConfig(seed=41, defects=0.4), n_documents=800))
 CLEAN = [d for d in DOCUMENTS if "defect" not in d.meta]
@@ -29,10 +35,10 @@ def with_defect(name):
 
 SOLUTIONS = {
     "quality.densest": q.densest,
-    "quality.identity_check": q.identity_check,
-    "quality.auroc": q.auroc,
+    "quality.identity_check": harm.identity_check,
+    "quality.auroc": detect.auroc,
     "quality.repair": q.repair_line,
-    "quality.find_email": lambda text: [(s.start, s.end) for s in q.find_pii(text) if s.kind == "email"],
+    "quality.find_email": lambda text: [(s.start, s.end) for s in harm.find_pii(text) if s.kind == "email"],
 }
 
 
@@ -103,14 +109,14 @@ STEPS = [
     q.ExtractText(engine="trafilatura"),
     q.ExtractText(engine="justext"),
     q.RepairEncoding(),
-    q.Length(min_tokens=5),
-    q.Heuristics(),
-    q.Language(),
-    q.Language(engine="py3langid"),
-    q.MachineText(),
-    q.RedactPII(),
-    q.RedactPII(find=q.PresidioFinder()),
-    q.Toxicity(),
+    filter.Length(min_tokens=5),
+    filter.Heuristics(),
+    filter.Language(),
+    filter.Language(engine="py3langid"),
+    detect.MachineText(),
+    harm.RedactPII(),
+    harm.RedactPII(find=presidio.PresidioFinder()),
+    harm.Toxicity(),
 ]
 IDS = [f"{step.name}-{getattr(step, 'engine', '')}" for step in STEPS]
 
@@ -157,14 +163,14 @@ def test_our_own_functions_do_not_fail_on_text_that_is_not_well_formed(text):
         q.extract_density,
         q.is_html,
         q.repair_line,
-        q.measure,
-        q.find_pii,
+        filter.measure,
+        harm.find_pii,
         q.plausible,
-        q.identify_ngram,
+        filter.identify_ngram,
     ):
         work(text)
-    q.toxicity_classifier()(text)
-    q.machine_features(text, q._language_model(3, 104))
+    harm.toxicity_classifier()(text)
+    detect.machine_features(text, detect._language_model(3, 104))
 
 
 HOSTILE = [
@@ -273,7 +279,7 @@ def test_the_corpus_pages_come_out_as_they_went_in():
 
 
 def test_hard_pages_better_than_everything_and_hints_help():
-    pages = [q.write_page(("test", n)) for n in range(100)]
+    pages = [pages.write_page(("test", n)) for n in range(100)]
     texts = [(q.decode_page(page.data, page.declared)[0], page) for page in pages]
 
     def mean(extract, some):
@@ -291,7 +297,7 @@ def test_hard_pages_better_than_everything_and_hints_help():
 
 @pytest.mark.parametrize("charset", ["utf-8", "gb18030", "cp1252", "utf-16", "utf-16-le"])
 def test_every_page_is_decoded_whatever_it_declares(charset):
-    pages = [p for p in (q.write_page(n) for n in range(120)) if charset.removesuffix("-le") in p.traps]
+    pages = [p for p in (pages.write_page(n) for n in range(120)) if charset.removesuffix("-le") in p.traps]
     assert len(pages) > 10
     for page in pages:
         data = page.data[2:] if charset == "utf-16-le" else page.data
@@ -334,7 +340,7 @@ def test_token_f1_by_hand():
 
 
 def test_units_are_words_and_single_chinese_characters():
-    assert q.units("Lily's 3 kites, 飞走了 re-do_x") == [
+    assert corpus.units("Lily's 3 kites, 飞走了 re-do_x") == [
         "Lily's",
         "3",
         "kites",
@@ -344,8 +350,8 @@ def test_units_are_words_and_single_chinese_characters():
         "re-do",
         "x",
     ]
-    assert q.in_words("three words here") == 3
-    assert q.in_words("三个汉字词语") == pytest.approx(4)
+    assert corpus.in_words("three words here") == 3
+    assert corpus.in_words("三个汉字词语") == pytest.approx(4)
 
 
 # ---- garbled text
@@ -414,12 +420,12 @@ def test_one_garbled_line_is_repaired_alone():
 
 
 def test_length_counts_units_or_what_it_is_given():
-    assert q.Length(min_tokens=3)(Document("one two")).detail == "2 tokens, at least 3"
-    assert q.Length(min_tokens=3)(Document("三个字")).text == "三个字"
-    assert q.Length(min_tokens=0, max_tokens=2)(Document("one two three")).reason == "too_long"
-    assert q.Length(min_tokens=5, count=len)(Document("abcde")).text == "abcde"
+    assert filter.Length(min_tokens=3)(Document("one two")).detail == "2 tokens, at least 3"
+    assert filter.Length(min_tokens=3)(Document("三个字")).text == "三个字"
+    assert filter.Length(min_tokens=0, max_tokens=2)(Document("one two three")).reason == "too_long"
+    assert filter.Length(min_tokens=5, count=len)(Document("abcde")).text == "abcde"
     with pytest.raises(ValueError, match="min_tokens=9 must be between 0 and max_tokens=3"):
-        q.Length(min_tokens=9, max_tokens=3)
+        filter.Length(min_tokens=9, max_tokens=3)
 
 
 def test_repetition_is_counted_as_datatrove_counts_it():
@@ -429,7 +435,7 @@ def test_repetition_is_counted_as_datatrove_counts_it():
         words = ["abcdefg"[: 1 + int(r() * 4)] for _ in range(60)]
         text = " ".join(words)
         for n in (2, 3, 5, 7):
-            top, again = q.repeated_share(words, n, len(text))
+            top, again = filter.repeated_share(words, n, len(text))
             grams = repetition.get_n_grams(words, n)
             if len(set(grams)) < len(grams):
                 assert top == pytest.approx(repetition.find_top_duplicate(grams) / len(text))
@@ -438,9 +444,9 @@ def test_repetition_is_counted_as_datatrove_counts_it():
 
 def test_gopher_and_fineweb_agree_with_datatrove_on_english():
     gopher = pytest.importorskip("datatrove.pipeline.filters.gopher_repetition_filter")
-    texts = [d.text for d in DOCUMENTS if d.lang == "en" and len(q.units(d.text)) >= 30][:150]
+    texts = [d.text for d in DOCUMENTS if d.lang == "en" and len(corpus.units(d.text)) >= 30][:150]
     for text in texts:
-        lines, measured = re.split("\n+", text), q.measure(text)
+        lines, measured = re.split("\n+", text), filter.measure(text)
         n, chars = gopher.find_duplicates(lines)
         assert measured["repeated_lines"] == pytest.approx(n / len(lines))
         assert measured["repeated_line_chars"] == pytest.approx(chars / len(text))
@@ -462,10 +468,10 @@ def test_gopher_and_fineweb_agree_with_datatrove_on_english():
     ],
 )
 def test_each_rule_finds_its_case(text, reason):
-    rules = [rule for rule in q.RULES if rule.measure == reason]
+    rules = [rule for rule in filter.RULES if rule.measure == reason]
     assert rules
-    assert q.Heuristics(rules=tuple(rules))(Document(text)).reason == reason
-    assert q.Heuristics()(Document(text)).reason in {rule.measure for rule in q.RULES}
+    assert filter.Heuristics(rules=tuple(rules))(Document(text)).reason == reason
+    assert filter.Heuristics()(Document(text)).reason in {rule.measure for rule in filter.RULES}
 
 
 def test_an_ordinary_paragraph_passes_every_rule_in_both_languages():
@@ -480,25 +486,27 @@ def test_an_ordinary_paragraph_passes_every_rule_in_both_languages():
     )
     for text in (english, chinese):
         document = Document(text)
-        assert q.Heuristics(rules=(q.GOPHER_LENGTH, *q.RULES))(document) is document
+        assert filter.Heuristics(rules=(filter.GOPHER_LENGTH, *filter.RULES))(document) is document
 
 
 def test_a_repeated_chinese_phrase_is_found_as_an_english_one_is():
-    english = q.measure("One day Ruby found a lamp. " * 6)
-    chinese = q.measure("有一天小红找到了一盏旧灯。" * 6)
+    english = filter.measure("One day Ruby found a lamp. " * 6)
+    chinese = filter.measure("有一天小红找到了一盏旧灯。" * 6)
     for name in ("top_3gram", "repeated_5gram", "repeated_10gram"):
         assert english[name] > 0.2
         assert chinese[name] > 0.2
 
 
 def test_every_rule_names_its_source():
-    assert all("arXiv:" in rule.source and rule.least <= rule.most for rule in (q.GOPHER_LENGTH, *q.RULES))
-    assert set(q.SHORT_RULES) < set(q.RULES)
-    assert {rule.measure for rule in q.RULES} <= set(q.measure("x"))
+    assert all(
+        "arXiv:" in rule.source and rule.least <= rule.most for rule in (filter.GOPHER_LENGTH, *filter.RULES)
+    )
+    assert set(filter.SHORT_RULES) < set(filter.RULES)
+    assert {rule.measure for rule in filter.RULES} <= set(filter.measure("x"))
 
 
 def test_short_rules_find_loops_and_spam_and_spare_stories():
-    step = q.Heuristics(rules=q.SHORT_RULES)
+    step = filter.Heuristics(rules=filter.SHORT_RULES)
     machines = [d for d in with_defect("machine") if d.meta["generator"] in ("loop", "spam")]
     assert all(isinstance(step(d), q.Drop) for d in machines)
     stories = [d for d in CLEAN if d.kind == "stories"]
@@ -528,38 +536,38 @@ SENTENCES = {
 
 @pytest.mark.parametrize("lang", SENTENCES)
 def test_a_sentence_tells_its_language(lang):
-    assert q.identify_ngram(SENTENCES[lang])[0] == lang
-    assert q.identify_ngram(SENTENCES[lang])[1] > 0.5
+    assert filter.identify_ngram(SENTENCES[lang])[0] == lang
+    assert filter.identify_ngram(SENTENCES[lang])[1] > 0.5
 
 
 def test_foreign_sentences_go_and_the_corpus_stays():
     for lang in ("de", "fr", "ja", "ru"):
-        out = q.Language()(Document(SENTENCES[lang]))
+        out = filter.Language()(Document(SENTENCES[lang]))
         assert out.reason == "language"
         assert out.detail.startswith(lang)
-    dropped = [d for d in CLEAN if isinstance(q.Language()(d), q.Drop)]
+    dropped = [d for d in CLEAN if isinstance(filter.Language()(d), q.Drop)]
     assert len(dropped) <= len(CLEAN) / 100
-    wrong = [d for d in CLEAN if d.lang in ("en", "zh") and q.identify_ngram(d.text)[0] != d.lang]
+    wrong = [d for d in CLEAN if d.lang in ("en", "zh") and filter.identify_ngram(d.text)[0] != d.lang]
     assert len(wrong) <= len(CLEAN) / 100
 
 
 def test_simplified_and_traditional_are_told_apart():
-    step = q.Language(variants=("simplified", "both", ""))
+    step = filter.Language(variants=("simplified", "both", ""))
     for document in with_defect("traditional"):
         assert step(document).reason == "han_variant"
-        assert q.Language()(document).meta["variant"] == "traditional"
-    assert q.han_variant("蓝色的蜡烛") == "simplified"
-    assert q.han_variant("山上有水") == ""
-    assert q.han_variant("蓝藍红紅") == "both"
+        assert filter.Language()(document).meta["variant"] == "traditional"
+    assert filter.han_variant("蓝色的蜡烛") == "simplified"
+    assert filter.han_variant("山上有水") == ""
+    assert filter.han_variant("蓝藍红紅") == "both"
     with pytest.raises(ValueError, match="engine='x' is unknown; choose one of ngram, py3langid"):
-        q.Language(engine="x")
+        filter.Language(engine="x")
 
 
 # ---- machines
 
 
 def test_the_language_model_is_a_distribution_and_counts_by_the_formula():
-    lm = q.NGramLM(3, discount=0.5).fit(["a b a b a c", "b a b"])
+    lm = detect.NGramLM(3, discount=0.5).fit(["a b a b a c", "b a b"])
     a, b = lm.vocabulary["a"], lm.vocabulary["b"]
     for context in ((), (a,), (b, a), (0,), (0, a), (0, 0)):
         assert lm.distribution(context).sum() == pytest.approx(1, abs=1e-5)
@@ -574,10 +582,10 @@ def test_the_language_model_is_a_distribution_and_counts_by_the_formula():
 
 
 def test_scores_are_log_probabilities_and_ranks_of_the_distribution():
-    lm = q.NGramLM(3).fit(d.text for d in CLEAN[:100])
+    lm = detect.NGramLM(3).fit(d.text for d in CLEAN[:100])
     text = CLEAN[150].text
     scores, ids = lm(text), lm.ids(text)
-    assert len(scores.ranks) == len(ids) == len(q.PIECE.findall(text))
+    assert len(scores.ranks) == len(ids) == len(corpus.PIECE.findall(text))
     for place in range(len(ids)):
         probs = lm.distribution(tuple(ids[max(0, place - 2) : place]))
         assert scores.log_probs[place] == pytest.approx(np.log(probs[ids[place]]), abs=1e-4)
@@ -585,7 +593,7 @@ def test_scores_are_log_probabilities_and_ranks_of_the_distribution():
 
 
 def test_text_that_was_seen_is_likelier_and_samples_look_like_it():
-    lm = q.NGramLM(3).fit(d.text for d in CLEAN[:300])
+    lm = detect.NGramLM(3).fit(d.text for d in CLEAN[:300])
     words = CLEAN[0].text.split(" ")
     assert (
         lm(CLEAN[0].text).log_probs.mean() > lm(" ".join(reversed(words))).log_probs.mean() + 0.5
@@ -596,7 +604,7 @@ def test_text_that_was_seen_is_likelier_and_samples_look_like_it():
     assert made == lm.sample(dice(1), 40, "One day") != lm.sample(dice(2), 40, "One day")
     assert pickle.loads(pickle.dumps(lm)).distribution((1, 2)) == pytest.approx(lm.distribution((1, 2)))
     with pytest.raises(ValueError, match="order=0 must be at least 1"):
-        q.NGramLM(0)
+        detect.NGramLM(0)
 
 
 def test_a_hugging_face_model_takes_the_place_of_ours():
@@ -608,7 +616,7 @@ def test_a_hugging_face_model_takes_the_place_of_ours():
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=1, n_head=2))
-    scorer = q.HuggingFaceScorer(model, Letters(), max_tokens=32)
+    scorer = text.HuggingFaceScorer(model, Letters(), max_tokens=32)
     scores = scorer("a story of a lamp")
     ids = torch.tensor([[ord(c) % 50 for c in "a story of a lamp"]])
     with torch.no_grad():
@@ -618,8 +626,8 @@ def test_a_hugging_face_model_takes_the_place_of_ours():
         assert scores.log_probs[place] == pytest.approx(float(truth), abs=1e-4)
         assert scores.ranks[place] == int((log_probs[place] > truth).sum())
     assert len(scorer("x").ranks) == 0
-    assert q.machine_features("a story of a lamp", scorer).shape == (len(q.FEATURES),)
-    assert not q.machine_features("x", scorer).any()
+    assert detect.machine_features("a story of a lamp", scorer).shape == (len(detect.FEATURES),)
+    assert not detect.machine_features("x", scorer).any()
 
 
 def test_a_hugging_face_classifier_is_a_detector():
@@ -632,10 +640,10 @@ def test_a_hugging_face_classifier_is_a_detector():
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     model = BertForSequenceClassification(config)
-    no, yes = (q.HuggingFaceDetector(model, letters, label=label)("a story of a lamp") for label in (0, 1))
+    no, yes = (text.HuggingFaceDetector(model, letters, label=label)("a story of a lamp") for label in (0, 1))
     assert no + yes == pytest.approx(1, abs=1e-5)
     assert 0 < yes < 1
-    step = q.MachineText(model=q.HuggingFaceDetector(model, letters), threshold=0.0, min_words=1)
+    step = detect.MachineText(model=text.HuggingFaceDetector(model, letters), threshold=0.0, min_words=1)
     assert step(Document("a story of a lamp")).reason == "machine_text"
 
 
@@ -644,41 +652,41 @@ def test_logistic_regression_equals_scikit_learns():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(120, 4)) * [1, 3, 0.3, 1]
     y = (x @ [1, -0.5, 2, 0] + rng.normal(size=120) > 0.8).astype(float)
-    weights, bias = q.fit_logistic([(range(4), row) for row in x], y.tolist(), 4, l2=0.05, steps=3000)
+    weights, bias = detect.fit_logistic([(range(4), row) for row in x], y.tolist(), 4, l2=0.05, steps=3000)
     # Both classes weigh one half in ours: theirs is told so, and its C is 1 / l2.
     share = np.where(y == 1, 0.5 / y.sum(), 0.5 / (1 - y).sum())
     theirs = linear.LogisticRegression(C=1 / 0.05, tol=1e-10, max_iter=10_000).fit(x, y, sample_weight=share)
     assert weights == pytest.approx(theirs.coef_[0], abs=1e-3)
     assert bias == pytest.approx(theirs.intercept_[0], abs=1e-3)
     with pytest.raises(ValueError, match="labels must be of both kinds"):
-        q.fit_logistic([([0], [1.0])], [1.0], 1)
+        detect.fit_logistic([([0], [1.0])], [1.0], 1)
 
 
 def test_the_detector_finds_known_machines_and_keeps_its_promise_on_humans():
-    detector = q.machine_detector()
+    detector = detect.machine_detector()
     human = [d for d in generate(CorpusConfig(seed=42), n_documents=300) if d.kind != "arithmetic"]
     scores = [detector(d.text) for d in human]
     assert np.mean([score >= 0.5 for score in scores]) <= 0.03
     for machine in ("salad", "loop", "spam"):
-        made = [detector(q.machine_text(machine, ("test", n))) for n in range(20)]
-        assert q.auroc(scores, made) > 0.97
+        made = [detector(detect.machine_text(machine, ("test", n))) for n in range(20)]
+        assert detect.auroc(scores, made) > 0.97
         assert np.mean([score >= 0.5 for score in made]) > 0.8
 
 
 def test_an_unseen_crude_machine_is_found_beside_its_human_twins_and_a_shuffled_story_hardly():
-    lm = q._language_model(4, 104, 3000)
+    lm = detect._language_model(4, 104, 3000)
     human = [d.text for d in generate(CorpusConfig(seed=43), n_documents=400) if d.kind != "arithmetic"]
     made = {
-        name: [q.machine_text(name, n) for n in range(60)]
+        name: [detect.machine_text(name, n) for n in range(60)]
         for name in ("loop", "markov", "ocr", "salad", "shuffle")
     }
-    twins = {name: [q.human_like(text, 0) for text in texts] for name, texts in made.items()}
+    twins = {name: [detect.human_like(text, 0) for text in texts] for name, texts in made.items()}
     others = ("loop", "markov", "ocr")
-    detector = q.train_detector(
+    detector = detect.train_detector(
         human + [t for name in others for t in twins[name]], [t for name in others for t in made[name]], lm
     )
     found = {
-        name: q.auroc([detector.logit(t) for t in twins[name]], [detector.logit(t) for t in made[name]])
+        name: detect.auroc([detector.logit(t) for t in twins[name]], [detector.logit(t) for t in made[name]])
         for name in ("salad", "shuffle")
     }
     assert found["salad"] > 0.9
@@ -687,43 +695,47 @@ def test_an_unseen_crude_machine_is_found_beside_its_human_twins_and_a_shuffled_
 
 
 def test_the_detector_does_not_accuse_the_form_of_a_single_paragraph():
-    detector = q.machine_detector()
+    detector = detect.machine_detector()
     stories = [d.text for d in generate(CorpusConfig(seed=45), n_documents=400) if d.kind == "stories"]
     assert np.mean([detector(text.split("\n")[0]) >= 0.5 for text in stories]) < 0.05
 
 
-@pytest.mark.parametrize("machine", q.MACHINES)
+@pytest.mark.parametrize("machine", detect.MACHINES)
 def test_a_human_twin_has_the_script_the_lines_and_the_length_and_is_genuine(machine):
     for number in range(15):
-        text = q.machine_text(machine, ("twin", number))
-        twin = q.human_like(text, 0)
-        assert twin == q.human_like(text, 0) != text
-        assert q.has_han(twin) == q.has_han(text)
+        text = detect.machine_text(machine, ("twin", number))
+        twin = detect.human_like(text, 0)
+        assert twin == detect.human_like(text, 0) != text
+        assert detect.has_han(twin) == detect.has_han(text)
         assert abs(twin.count("\n") - text.count("\n")) <= 1
         if "\n" not in text:
-            assert len(q.units(twin)) == pytest.approx(len(q.units(text)), rel=0.16)
+            assert len(corpus.units(twin)) == pytest.approx(len(corpus.units(text)), rel=0.16)
             assert "\n" not in twin
 
 
 def test_machines_are_deterministic_and_unknown_ones_named():
-    for machine in q.MACHINES:
-        assert q.machine_text(machine, 1) == q.machine_text(machine, 1) != q.machine_text(machine, 2)
+    for machine in detect.MACHINES:
+        assert (
+            detect.machine_text(machine, 1)
+            == detect.machine_text(machine, 1)
+            != detect.machine_text(machine, 2)
+        )
     with pytest.raises(ValueError, match="machine='hal' is unknown; choose one of salad"):
-        q.machine_text("hal", 1)
-    assert q.MachineText()(Document("12+30=42\n" * 40)).text.startswith("12+30"), "sums are not judged"
+        detect.machine_text("hal", 1)
+    assert detect.MachineText()(Document("12+30=42\n" * 40)).text.startswith("12+30"), "sums are not judged"
 
 
 def test_auroc_wants_both_kinds():
     with pytest.raises(ValueError, match="0 negatives and 1 positives"):
-        q.auroc([], [1.0])
+        detect.auroc([], [1.0])
 
 
 # ---- personal data
 
 
 def test_planted_data_is_found_to_the_character_and_nothing_else():
-    found = [q.find_pii(d.text) for d in DOCUMENTS]
-    precision, recall = q.span_scores(found, [d.meta.get("spans", []) for d in DOCUMENTS])
+    found = [harm.find_pii(d.text) for d in DOCUMENTS]
+    precision, recall = harm.span_scores(found, [d.meta.get("spans", []) for d in DOCUMENTS])
     assert (precision, recall) == (1, 1)
 
 
@@ -751,37 +763,37 @@ def test_planted_data_is_found_to_the_character_and_nothing_else():
     ],
 )
 def test_patterns_and_check_digits(text, found):
-    assert [text[s.start : s.end] for s in q.find_pii(text)] == found
+    assert [text[s.start : s.end] for s in harm.find_pii(text)] == found
 
 
 def test_a_wrong_check_digit_lowers_the_score():
-    right, wrong = q.find_pii("11010519491231002X 110105194912310021")
+    right, wrong = harm.find_pii("11010519491231002X 110105194912310021")
     assert (right.score, wrong.score) == (1.0, 0.6)
-    assert len(q.find_pii("110105194912310021", min_score=0.9)) == 0
+    assert len(harm.find_pii("110105194912310021", min_score=0.9)) == 0
 
 
 def test_luhn_by_hand():
-    assert q.luhn_valid("79927398713")  # the example of ISO/IEC 7812-1
-    assert not any(q.luhn_valid(f"7992739871{d}") for d in "012456789")
+    assert harm.luhn_valid("79927398713")  # the example of ISO/IEC 7812-1
+    assert not any(harm.luhn_valid(f"7992739871{d}") for d in "012456789")
 
 
 def test_redaction_keeps_the_sentence_and_moves_the_answers():
     text = "Mail bob@example.org now.\nQ: Who?\nA: Bob"
     document = Document(text, meta={"answers": [[37, 41, "who"], [5, 10, "lost"]]})
-    out = q.RedactPII()(document)
+    out = harm.RedactPII()(document)
     assert out.text == "Mail <EMAIL> now.\nQ: Who?\nA: Bob"
     assert out.meta["redacted"] == {"email": 1}
     ((start, end, label),) = out.meta["answers"]
     assert (out.text[start:end], label) == (text[37:41], "who")
-    assert q.RedactPII(max_spans=0)(document).reason == "pii_list"
+    assert harm.RedactPII(max_spans=0)(document).reason == "pii_list"
 
 
 def test_presidio_alone_stumbles_over_chinese_and_with_our_rules_does_not():
     documents = with_defect("pii")
     truth = [d.meta["spans"] for d in documents]
-    alone, ours = (q.PresidioFinder(own=own) for own in (False, True))
-    assert q.span_scores([alone(d.text) for d in documents], truth)[1] < 0.8
-    assert q.span_scores([ours(d.text) for d in documents], truth) == (1, 1)
+    alone, ours = (presidio.PresidioFinder(own=own) for own in (False, True))
+    assert harm.span_scores([alone(d.text) for d in documents], truth)[1] < 0.8
+    assert harm.span_scores([ours(d.text) for d in documents], truth) == (1, 1)
     assert pickle.loads(pickle.dumps(ours))(documents[0].text) == ours(documents[0].text)
 
 
@@ -789,7 +801,7 @@ def test_presidio_alone_stumbles_over_chinese_and_with_our_rules_does_not():
 
 
 def test_insults_go_and_towns_of_that_name_stay():
-    step = q.Toxicity()
+    step = harm.Toxicity()
     toxic = with_defect("toxic")
     assert len(toxic) > 20
     for document in toxic:
@@ -802,11 +814,11 @@ def test_insults_go_and_towns_of_that_name_stay():
     ["darling", "angel", "star", "sunshine", "marvel", "宝贝", "明星", "小太阳", "福星", "伙伴"],
 )
 def test_a_kind_word_that_was_never_trained_on_is_no_insult(kind):
-    assert kind not in [*q.KIND["en"], *q.KIND["zh"]]
-    texts, labels = q.toxic_examples(100, seed=77, kind=0)
+    assert kind not in [*harm.KIND["en"], *harm.KIND["zh"]]
+    texts, labels = harm.toxic_examples(100, seed=77, kind=0)
     insults = [text for text, label in zip(texts, labels, strict=True) if label]
-    scorer = q.toxicity_classifier()
-    lang = "zh" if q.has_han(kind) else "en"
+    scorer = harm.toxicity_classifier()
+    lang = "zh" if detect.has_han(kind) else "en"
     there = [(text, word) for text in insults for word in TOXIC[lang] if word in text]
     assert len(there) > 10
     assert all(scorer(text) > 0.5 for text, _ in there)
@@ -814,17 +826,17 @@ def test_a_kind_word_that_was_never_trained_on_is_no_insult(kind):
 
 
 def test_the_worst_sentence_counts():
-    scorer = q.toxicity_classifier()
+    scorer = harm.toxicity_classifier()
     kind = "Anna gave the kite to Ben. They were happy. "
     insult = '"You are a grobnik!" Nora shouted at Rose.'
     assert scorer(kind * 20 + insult) == pytest.approx(scorer(insult), abs=0.05)
     assert scorer(insult) > 0.5 > scorer(kind)
     assert scorer("") == 0
-    assert q.sentences_of("One. Two!” 三。四") == ["One. ", "Two!” ", "三。", "四"]
+    assert corpus.sentences_of("One. Two!” 三。四") == ["One. ", "Two!” ", "三。", "四"]
 
 
 def test_hashed_features_do_not_depend_on_the_process():
-    places, values = q.toxicity_features("You are 你这个")
+    places, values = harm.toxicity_features("You are 你这个")
     assert places == sorted(places)
     assert sum(v * v for v in values) == pytest.approx(1)
     import zlib
@@ -834,16 +846,19 @@ def test_hashed_features_do_not_depend_on_the_process():
 
 
 def test_profanity_check_behind_the_same_interface():
-    assert q.profanity_score("You are a stupid idiot.") > 0.7
-    assert q.profanity_score("The lamp stood in the window.") < 0.3
-    assert q.profanity_score("") == 0
-    assert q.Toxicity(scorer=q.profanity_score)(Document("A fine day. You stupid idiot!")).reason == "toxic"
+    assert text.profanity_score("You are a stupid idiot.") > 0.7
+    assert text.profanity_score("The lamp stood in the window.") < 0.3
+    assert text.profanity_score("") == 0
+    assert (
+        harm.Toxicity(scorer=text.profanity_score)(Document("A fine day. You stupid idiot!")).reason
+        == "toxic"
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "profanity_check", None)
     with pytest.raises(CorpusError, match=r"pip install 'minillm\[clean\]'"):
-        q.profanity_score("x")
+        text.profanity_score("x")
 
 
 # ---- Perspective: a server that speaks its protocol, on this machine
@@ -892,7 +907,7 @@ def service():
 
 def client(service, **options):
     options = {"queries_per_second": 1000.0, "backoff_s": 0.01, "timeout_s": 5.0, **options}
-    return q.PerspectiveClient(
+    return perspective.PerspectiveClient(
         "s3cret", url=f"http://127.0.0.1:{service.server_port}/v1alpha1/comments:analyze", **options
     )
 
@@ -911,8 +926,8 @@ def test_perspective_sends_what_the_protocol_asks_and_reads_the_score(service):
         "requestedAttributes": {"INSULT": {}},
         "doNotStore": True,
     }
-    assert q.Toxicity(scorer=scorer)(Document("fine")).text == "fine"
-    assert q.Toxicity(scorer=scorer)(Document("bad")).reason == "toxic"
+    assert harm.Toxicity(scorer=scorer)(Document("fine")).text == "fine"
+    assert harm.Toxicity(scorer=scorer)(Document("bad")).reason == "toxic"
     assert "s3cret" not in repr(scorer)
 
 
@@ -950,7 +965,8 @@ def test_perspective_waits_twice_as_long_each_time_and_as_long_as_it_is_told(ser
 def test_perspective_gives_up_with_the_reason_and_without_the_key(service):
     service.plan = [refusal(429, "quota of key s3cret exceeded")] * 3
     with pytest.raises(
-        q.PerspectiveError, match=r"no answer after 3 tries, the last one: HTTP 429: quota of key \*\*\*"
+        perspective.PerspectiveError,
+        match=r"no answer after 3 tries, the last one: HTTP 429: quota of key \*\*\*",
     ):
         client(service, retries=2)("bad")
     assert len(service.seen) == 3
@@ -959,7 +975,7 @@ def test_perspective_gives_up_with_the_reason_and_without_the_key(service):
 def test_perspective_does_not_repeat_what_cannot_succeed(service):
     service.plan = [refusal(400, "API key not valid: s3cret")]
     with pytest.raises(
-        q.PerspectiveError, match=r"HTTP 400: API key not valid: \*\*\*; check the key"
+        perspective.PerspectiveError, match=r"HTTP 400: API key not valid: \*\*\*; check the key"
     ) as caught:
         client(service)("bad")
     assert "s3cret" not in str(caught.value)
@@ -969,16 +985,16 @@ def test_perspective_does_not_repeat_what_cannot_succeed(service):
 def test_perspective_does_not_wait_for_a_slow_server(service):
     service.plan = [(200, None, {}, 30.0), (200, None, {}, 30.0)]
     start = time.monotonic()
-    with pytest.raises(q.PerspectiveError, match="after 2 tries.*(?i:time)"):
+    with pytest.raises(perspective.PerspectiveError, match="after 2 tries.*(?i:time)"):
         client(service, timeout_s=0.2, retries=1)("bad")
     assert time.monotonic() - start < 15
 
 
 def test_perspective_names_a_server_that_is_not_there():
-    scorer = q.PerspectiveClient(
+    scorer = perspective.PerspectiveClient(
         "key", url="http://127.0.0.1:9", retries=1, backoff_s=0.01, queries_per_second=1000.0
     )
-    with pytest.raises(q.PerspectiveError, match="no answer after 2 tries, the last one: URLError"):
+    with pytest.raises(perspective.PerspectiveError, match="no answer after 2 tries, the last one: URLError"):
         scorer("bad")
 
 
@@ -1005,14 +1021,14 @@ def test_perspective_asks_about_long_text_in_pieces_and_the_worst_counts(service
 )
 def test_perspective_checks_its_arguments(options, named):
     with pytest.raises(ValueError, match=named):
-        q.PerspectiveClient(**options)
+        perspective.PerspectiveClient(**options)
 
 
 def test_a_score_outside_its_range_is_refused(service):
     service.plan = [
         (200, json.dumps({"attributeScores": {"TOXICITY": {"summaryScore": {"value": 7}}}}).encode(), {}, 0)
     ]
-    with pytest.raises(q.PerspectiveError, match="score 7.0 is not between 0 and 1"):
+    with pytest.raises(perspective.PerspectiveError, match="score 7.0 is not between 0 and 1"):
         client(service)("x")
 
 
@@ -1021,7 +1037,7 @@ def test_a_score_outside_its_range_is_refused(service):
 
 def test_judge_counts_the_four_cases():
     documents = [Document("bad"), Document("bad"), Document("good"), Document("good but short")]
-    step = q.Length(min_tokens=2, max_tokens=2)
+    step = filter.Length(min_tokens=2, max_tokens=2)
     row = q.judge(step, documents, lambda d: d.text == "bad")
     assert (row.hits, row.false_alarms, row.misses) == (2, 2, 0)
     assert (row.precision, row.recall) == (0.5, 1)

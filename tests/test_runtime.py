@@ -6,19 +6,21 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minillm import plot, report, runtime
+from minillm.base import files, machine
+from minillm.kernels import matmul
+from minillm.show import plot
 
 
 def test_devices_and_dtypes_are_checked():
-    assert runtime.pick_device("cpu") == torch.device("cpu")
+    assert machine.pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="got 'tpu'"):
-        runtime.pick_device("tpu")
+        machine.pick_device("tpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="0 CUDA devices; use --device cpu"):
-            runtime.pick_device("cuda")
-    assert runtime.pick_dtype("float32", torch.device("cpu")) == torch.float32
+            machine.pick_device("cuda")
+    assert machine.pick_dtype("float32", torch.device("cpu")) == torch.float32
     with pytest.raises(ValueError, match="got 'float16'"):
-        runtime.pick_dtype("float16", torch.device("cpu"))
+        machine.pick_dtype("float16", torch.device("cpu"))
 
 
 def test_a_seed_fixes_every_generator():
@@ -28,7 +30,7 @@ def test_a_seed_fixes_every_generator():
 
     draws = []
     for _ in range(2):
-        runtime.seed_everything(7)
+        machine.seed_everything(7)
         draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
     assert draws[0] == draws[1]
 
@@ -36,7 +38,7 @@ def test_a_seed_fixes_every_generator():
 def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path):
     code = "import sys\nfrom minillm.runtime import run_lock\nwith run_lock(sys.argv[1]): print('held')"
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with runtime.run_lock(tmp_path):
+    with files.run_lock(tmp_path):
         refused = subprocess.run(command, capture_output=True, text=True)
         assert refused.returncode != 0
         assert f"process {os.getpid()}" in refused.stderr
@@ -46,14 +48,14 @@ def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path):
 def test_the_machine_is_described_without_names_of_hosts():
     import platform
 
-    described = runtime.describe_machine()
+    described = machine.describe_machine()
     assert described["torch"] == torch.__version__
     assert platform.node() not in str(described.values())
 
 
 def test_memory_and_allocator():
-    assert runtime.peak_memory_bytes(torch.device("cpu")) > 10**7
-    assert runtime.tune_allocator() in (True, False)
+    assert machine.peak_memory_bytes(torch.device("cpu")) > 10**7
+    assert matmul.tune_allocator() in (True, False)
 
 
 MATRIX_PRODUCTS = """
@@ -111,7 +113,7 @@ def test_matrix_products_are_left_alone_where_mkl_is_at_home(monkeypatch):
     # a command that ran earlier in this process may have tuned it
     monkeypatch.setattr(runtime, "_kernels", [])
     monkeypatch.setattr(runtime, "_cpu_name", lambda: "Intel(R) Xeon(R) Processor")
-    assert runtime.tune_matmul() is False
+    assert matmul.tune_matmul() is False
 
 
 def test_a_report_escapes_what_it_shows_and_stands_alone(tmp_path):
@@ -119,7 +121,7 @@ def test_a_report_escapes_what_it_shows_and_stands_alone(tmp_path):
         {"step": i, "tokens": 10 * i, "loss_nats": 5 / i, "lr": 1e-3, "tokens_per_s": 9.0}
         for i in range(1, 4)
     ]
-    report.write_report(
+    run.write_report(
         tmp_path / "r.html",
         title="<b>",
         summary=[("a", "1 < 2")],
@@ -139,7 +141,7 @@ def test_a_report_escapes_what_it_shows_and_stands_alone(tmp_path):
 
 def test_metrics_of_a_killed_run_are_readable(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert report.read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
+    assert run.read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 def test_labels_of_lines_do_not_touch():

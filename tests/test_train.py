@@ -18,19 +18,22 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import train as training
-from minillm.batches import IGNORE, Loader, TokenShards, make_batch, write_shards
+from minillm.base.errors import CheckpointError
+from minillm.base.machine import peak_flops
+from minillm.batches import IGNORE, Loader, make_batch
 from minillm.check import check, laws
-from minillm.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from minillm.recipes import recipe
+from minillm.runs.keeper import should_compile, train
+from minillm.runs.recipes import recipe
+from minillm.runs.signals import Interrupted, catch_signals
+from minillm.storage.checkpoints import latest_checkpoint, load_checkpoint
+from minillm.storage.shards import TokenShards, write_shards
 from minillm.train import (
     AdamW,
     Engine,
-    Interrupted,
     TrainConfig,
     TrainingDiverged,
     batch_loss,
     bits_per_byte,
-    catch_signals,
     clip_gradients,
     evaluate_loss,
     learning_rate,
@@ -38,9 +41,6 @@ from minillm.train import (
     load_parameters,
     model_flops_utilization,
     parameter_groups,
-    peak_flops,
-    should_compile,
-    train,
 )
 from minillm.transformer import ModelConfig, Transformer
 
@@ -1002,7 +1002,7 @@ def test_without_the_type_checks_of_the_tests(data):
 
 
 def test_another_engine_can_take_over(data):
-    """What chapter 15 relies on: gradients, steps and sums go through the engine and nowhere else."""
+    """What chapter 18 relies on: gradients, steps and sums go through the engine and nowhere else."""
 
     log = []
 
@@ -1048,7 +1048,7 @@ def test_another_engine_can_take_over(data):
 
 
 def test_the_chapters_table_gives_the_settings_of_the_tiny_recipe():
-    chapter = (Path(__file__).parents[1] / "chapters" / "13_train.ipynb").read_text(encoding="utf-8")
+    chapter = (Path(__file__).parents[1] / "chapters" / "16_train.ipynb").read_text(encoding="utf-8")
     config = recipe("tiny").train
     assert f"| {1000 * config.max_lr:g}e-3 |" in chapter
     assert f"straight down to {100 * config.min_lr_ratio:g} % |" in chapter

@@ -17,13 +17,20 @@ import torch
 import zero_workers as workers
 from zero_workers import CONFIG, SHAPE, STAGES
 
-from minillm import cli, zero
-from minillm.batches import TokenShards
+from minillm import zero
+from minillm.base import machine
+from minillm.base.errors import CheckpointError
+from minillm.base.processes import WorkersFailed, run_processes
 from minillm.check import check, laws
-from minillm.checkpoint import CheckpointError, load_checkpoint, load_model
+from minillm.cli import main
+from minillm.hub.own import load_model
+from minillm.runs.engines import EngineConfig, make_engine
+from minillm.storage.checkpoints import load_checkpoint
+from minillm.storage.shards import TokenShards
 from minillm.train import Engine, TrainConfig, batch_loss
 from minillm.transformer import Transformer, count_parameters
-from minillm.zero import EngineConfig, FlatUnit, WorkersFailed, make_engine, run_processes, state_bytes
+from minillm.vendors import deepspeed
+from minillm.zero import FlatUnit, state_bytes
 
 ROOT = Path(__file__).parent.parent
 FLOAT32 = {"parameter_bytes": 4, "gradient_bytes": 4, "optimizer_bytes": 8}
@@ -131,7 +138,7 @@ def test_the_figures_of_the_paper():
 
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_deepspeed_counts_a_gradient_in_32_bits_and_at_stage_2_one_in_16_bits_too(world_size):
-    zero.import_deepspeed(torch.device("cpu"))
+    deepspeed.import_deepspeed(torch.device("cpu"))
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as estimate_2
 
@@ -346,14 +353,14 @@ def test_settings_that_do_not_go_together_are_refused(settings, config, message)
 
 def test_deepspeed_is_told_everything():
     config = TrainConfig(steps=1, batch_size=12, seq_len=8, accumulation=3, clip_norm=0.7)
-    made = zero.deepspeed_settings(config, stage=3, offload=True, world_size=2, bf16=False)
+    made = deepspeed.deepspeed_settings(config, stage=3, offload=True, world_size=2, bf16=False)
     assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"]) == (12, 2)
     assert (made["gradient_accumulation_steps"], made["gradient_clipping"]) == (3, 0.7)
     assert made["zero_optimization"]["offload_param"] == {"device": "cpu"}
     with pytest.raises(ValueError, match="does not divide among 5 processes times 3"):
-        zero.deepspeed_settings(config, stage=1, offload=False, world_size=5, bf16=False)
+        deepspeed.deepspeed_settings(config, stage=1, offload=False, world_size=5, bf16=False)
     with pytest.raises(ValueError, match="stage 0 is not sharded"):
-        zero.deepspeed_settings(config, stage=0, offload=True, world_size=2, bf16=False)
+        deepspeed.deepspeed_settings(config, stage=0, offload=True, world_size=2, bf16=False)
 
 
 # Processes.
@@ -614,20 +621,20 @@ def test_held_bytes_counts_every_memory_once():
     weight = torch.nn.Parameter(torch.zeros(10))
     weight.grad = torch.zeros(10)
     layer = torch.nn.Linear(2, 2, bias=False)
-    assert zero.held_bytes(weight) == 80
-    assert zero.held_bytes(weight, weight.data[3:], {"again": [weight]}) == 80
-    assert zero.held_bytes(layer, {"more": torch.zeros(3, dtype=torch.float64)}) == 16 + 24
-    assert zero.held_bytes(torch.zeros(9, device="meta"), None, "word") == 0
+    assert machine.held_bytes(weight) == 80
+    assert machine.held_bytes(weight, weight.data[3:], {"again": [weight]}) == 80
+    assert machine.held_bytes(layer, {"more": torch.zeros(3, dtype=torch.float64)}) == 16 + 24
+    assert machine.held_bytes(torch.zeros(9, device="meta"), None, "word") == 0
 
 
 def test_held_bytes_without_roots_finds_what_nobody_named():
-    before = zero.held_bytes()
+    before = machine.held_bytes()
     hidden = torch.nn.Linear(100, 10, bias=False).requires_grad_()  # 4000 bytes, as many of gradient, and 400
     hidden(torch.ones(100)).sum().backward()
     function = (lambda kept: lambda: kept)(torch.zeros(100))
-    assert zero.held_bytes() - before == 2 * 4000 + 400
+    assert machine.held_bytes() - before == 2 * 4000 + 400
     del hidden, function
-    assert zero.held_bytes() == before
+    assert machine.held_bytes() == before
 
 
 @pytest.mark.distributed
@@ -763,11 +770,11 @@ def test_the_launcher_of_deepspeed_starts_the_same_run(tmp_path, plain_run):
 
 
 def test_the_plan_says_what_fits(capsys):
-    assert cli.main(["info", "m125", "--plan", "--gpus", "1", "8", "--gpu-gb", "1", "--seq-len", "128"]) == 0
+    assert main.main(["info", "m125", "--plan", "--gpus", "1", "8", "--gpu-gb", "1", "--seq-len", "128"]) == 0
     out = capsys.readouterr().out
     rows = {int(line.split()[0]): line.split()[1:] for line in out.splitlines() if re.match(r" +\d", line)}
     assert set(rows) == {1, 8}
-    from minillm.recipes import recipe
+    from minillm.runs.recipes import recipe
 
     model = recipe("m125").model
     for n, cells in rows.items():
@@ -780,7 +787,7 @@ def test_the_plan_says_what_fits(capsys):
 
 
 def test_the_page_on_scaling_shows_what_the_command_prints(capsys):
-    assert cli.main(["info", "--plan"]) == 0
+    assert main.main(["info", "--plan"]) == 0
     assert capsys.readouterr().out in (ROOT / "book" / "scaling.md").read_text(encoding="utf-8")
 
 
@@ -794,7 +801,7 @@ def test_the_page_on_scaling_shows_what_the_command_prints(capsys):
     ],
 )
 def test_bad_settings_are_one_line(words, message, capsys):
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert message in capsys.readouterr().err
 
 

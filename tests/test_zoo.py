@@ -30,10 +30,13 @@ from tolerances import LOGITS
 from torch import nn
 from torch.nn import functional as F
 
-from minillm import cli, zoo
+from minillm import zoo
+from minillm.base.errors import CheckpointError
 from minillm.check import laws
-from minillm.checkpoint import CheckpointError, save_model
+from minillm.cli import main
 from minillm.generate import Sampler, generate
+from minillm.hub import tokenizers
+from minillm.hub.own import save_model
 from minillm.tokenizer import SentencePieceTokenizer, TokenizerError, train_bpe
 from minillm.transformer import ModelConfig, PromptLayout, Transformer, count_parameters
 
@@ -167,7 +170,7 @@ def test_every_shape_survives_its_family_s_config(name):
 @both_dtypes
 def test_logits_equal_transformers(settings, peer, dtype, tmp_path, exact_norms):
     weights = weights_for(settings, dtype)
-    model = zoo.load_checkpoint(write_folder(tmp_path / "m", weights, settings))
+    model = published.load_checkpoint(write_folder(tmp_path / "m", weights, settings))
     tokens = torch.randint(61, (2, 70))  # more than twice the context
     logits = model(tokens)
     assert logits.dtype == dtype
@@ -177,7 +180,7 @@ def test_logits_equal_transformers(settings, peer, dtype, tmp_path, exact_norms)
 @peers
 def test_left_padded_logits_equal_transformers(settings, peer, tmp_path):
     weights = weights_for(settings)
-    model = zoo.load_checkpoint(write_folder(tmp_path / "m", weights, settings))
+    model = published.load_checkpoint(write_folder(tmp_path / "m", weights, settings))
     tokens = torch.randint(3, 61, (3, 12))
     real = torch.arange(12) >= torch.tensor([0, 3, 7])[:, None]
     tokens[~real] = 0
@@ -192,7 +195,7 @@ def test_left_padded_logits_equal_transformers(settings, peer, tmp_path):
 def test_chatglm_equals_the_slow_reference(heads, tied, dtype, tmp_path):
     settings = {**CHATGLM, "num_attention_heads": heads, "hidden_size": 8 * heads}
     weights = random_weights(settings, dtype, tied)
-    model = zoo.load_checkpoint(write_folder(tmp_path / "m", weights, settings, "bin"))
+    model = published.load_checkpoint(write_folder(tmp_path / "m", weights, settings, "bin"))
     assert model.config.tied == tied
     full = {"lm_head.weight": weights["transformer.word_embeddings.weight"], **weights}
     for prompt in (GMASK_PROMPT, MASK_PROMPT, [5, 50, 7, 51, 20, 54, 8]):
@@ -207,7 +210,7 @@ def test_baichuan_13b_equals_the_slow_reference(heads, norm_head, dtype, tmp_pat
     settings = {**BAICHUAN_13B, "num_attention_heads": heads, "hidden_size": 4 * heads}
     weights, tokens = random_weights(settings, dtype), list(range(3, 15))
     folder = write_folder(tmp_path / "m", weights, settings)
-    model = zoo.load_checkpoint(folder, norm_head=norm_head)
+    model = published.load_checkpoint(folder, norm_head=norm_head)
     assert (
         apart(model(torch.tensor([tokens]))[0], baichuan_reference(weights, settings, tokens, norm_head))
         < LOGITS[dtype]
@@ -223,16 +226,16 @@ def test_the_vocabulary_of_baichuan2_norms_its_head_and_the_argument_overrules(t
         "num_hidden_layers": 1,
     }
     folder = write_folder(tmp_path / "m", random_weights(settings), settings)
-    assert zoo.load_checkpoint(folder).config.norm_head
-    assert not zoo.load_checkpoint(folder, norm_head=False).config.norm_head
-    assert not zoo.load_checkpoint(
+    assert published.load_checkpoint(folder).config.norm_head
+    assert not published.load_checkpoint(folder, norm_head=False).config.norm_head
+    assert not published.load_checkpoint(
         write_folder(tmp_path / "n", random_weights(BAICHUAN_13B), BAICHUAN_13B)
     ).config.norm_head
 
 
 @families
 def test_left_padding_changes_nothing(settings, tmp_path):
-    model = zoo.load_checkpoint(write_folder(tmp_path / "m", random_weights(settings), settings))
+    model = published.load_checkpoint(write_folder(tmp_path / "m", random_weights(settings), settings))
     tokens = prompts(settings, 1)
     padded = F.pad(tokens, (4, 0), value=3)
     mask = torch.arange(16)[None] >= 4
@@ -242,7 +245,7 @@ def test_left_padding_changes_nothing(settings, tmp_path):
 @families
 @both_dtypes
 def test_decoding_with_a_cache_equals_reading_at_once(settings, dtype, tmp_path):
-    model = zoo.load_checkpoint(write_folder(tmp_path / "m", random_weights(settings, dtype), settings))
+    model = published.load_checkpoint(write_folder(tmp_path / "m", random_weights(settings, dtype), settings))
     tokens = prompts(settings, 2, 12)
     padded = F.pad(tokens, (3, 0), value=3)
     mask = torch.ones(2, 15, dtype=torch.bool)
@@ -281,7 +284,7 @@ def zoo_mask(tokens, pad):
 
 
 def test_chatglm_says_what_a_prompt_lacks(tmp_path):
-    model = zoo.load_checkpoint(write_folder(tmp_path / "m", random_weights(CHATGLM), CHATGLM))
+    model = published.load_checkpoint(write_folder(tmp_path / "m", random_weights(CHATGLM), CHATGLM))
     with pytest.raises(ValueError, match=r"row 1 has no sop \(id 54\)"):
         model(torch.tensor([[5, 51, 54, 6], [5, 51, 7, 6]]))
     with pytest.raises(ValueError, match=r"row 0 has no gMASK or MASK \(51, 50\)"):
@@ -314,25 +317,25 @@ def test_special_ids_are_checked(change):
 def test_every_layout_of_files_gives_the_same_weights(settings, kind, n_shards, tmp_path):
     weights = random_weights(settings, torch.float16)
     weights = {name: w.float() if "norm" in name else w for name, w in weights.items()}  # as published
-    expected = zoo.load_checkpoint(
+    expected = published.load_checkpoint(
         write_folder(tmp_path / "a", weights, settings), dtype=torch.float32
     ).state_dict()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     folder = write_folder(tmp_path / "b", weights, settings, kind, n_shards)
-    loaded = zoo.load_checkpoint(folder, dtype=torch.float32).state_dict()
+    loaded = published.load_checkpoint(folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-    mixed = zoo.load_checkpoint(folder)
+    mixed = published.load_checkpoint(folder)
     assert {w.dtype for w in mixed.parameters()} == {torch.float16}  # that of most numbers
 
 
 @families
 def test_a_model_is_written_and_read_bit_for_bit(settings, tmp_path):
     weights = random_weights(settings, torch.bfloat16)
-    model = zoo.load_checkpoint(write_folder(tmp_path / "a", weights, settings))
+    model = published.load_checkpoint(write_folder(tmp_path / "a", weights, settings))
     family = "baichuan" if settings["model_type"] == "baichuan" else None
     for name, size in (("one", 5 << 30), ("many", 20_000)):
-        folder = zoo.save_checkpoint(model, tmp_path / name, family=family, max_shard_bytes=size)
-        again = zoo.load_checkpoint(folder)
+        folder = published.save_checkpoint(model, tmp_path / name, family=family, max_shard_bytes=size)
+        again = published.load_checkpoint(folder)
         assert again.config == model.config
         assert all(torch.equal(again.state_dict()[n], w) for n, w in model.state_dict().items())
         stored = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
@@ -347,7 +350,7 @@ def test_transformers_loads_what_we_write_and_generates_the_same(tied, tmp_path)
 
     model = Transformer(replace(zoo.read_llama(LLAMA), n_kv_heads=2, tied=tied)).eval()
     model.reset_parameters(std=0.3)
-    folder = zoo.save_checkpoint(model, tmp_path / "m", max_shard_bytes=30_000)
+    folder = published.save_checkpoint(model, tmp_path / "m", max_shard_bytes=30_000)
     peer = AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.randint(3, 61, (2, 9))
     assert apart(peer(tokens).logits, model(tokens)) < LOGITS[torch.float32]
@@ -370,7 +373,7 @@ def test_we_load_what_transformers_writes_and_generate_the_same(kv_heads, tmp_pa
         LlamaConfig(**{**LLAMA, "num_key_value_heads": kv_heads, "initializer_range": 0.3})
     ).eval()
     peer.save_pretrained(tmp_path / "m", max_shard_size="40KB")
-    model = zoo.load_checkpoint(tmp_path / "m").eval()
+    model = published.load_checkpoint(tmp_path / "m").eval()
     tokens = torch.randint(3, 61, (2, 9))
     theirs = peer.generate(
         tokens,
@@ -389,7 +392,7 @@ def test_we_load_what_transformers_writes_and_generate_the_same(kv_heads, tmp_pa
 ])  # fmt: skip
 def test_a_shape_without_family_is_not_written(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        zoo.save_checkpoint(Transformer(config), tmp_path / "m")
+        published.save_checkpoint(Transformer(config), tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 
@@ -398,28 +401,28 @@ def test_saving_says_what_is_wrong(tmp_path):
     with pytest.raises(
         ValueError, match="family must be one of llama, chatglm, chatglm2, baichuan, got 'gpt'"
     ):
-        zoo.save_checkpoint(model, tmp_path / "m", family="gpt")
+        published.save_checkpoint(model, tmp_path / "m", family="gpt")
     with pytest.raises(ValueError, match="the family 'chatglm2' cannot hold this shape; 'llama' can"):
-        zoo.save_checkpoint(model, tmp_path / "m", family="chatglm2")
-    zoo.save_checkpoint(model, tmp_path / "m")
+        published.save_checkpoint(model, tmp_path / "m", family="chatglm2")
+    published.save_checkpoint(model, tmp_path / "m")
     with pytest.raises(ValueError, match="holds a model already"):
-        zoo.save_checkpoint(model, tmp_path / "m")
+        published.save_checkpoint(model, tmp_path / "m")
 
 
 def test_a_tie_is_believed_only_where_both_are_equal(tmp_path):
     settings = {**LLAMA, "tie_word_embeddings": True}
     weights = random_weights(settings)
-    model = zoo.load_checkpoint(write_folder(tmp_path / "a", weights, settings))
+    model = published.load_checkpoint(write_folder(tmp_path / "a", weights, settings))
     assert not model.config.tied
     assert torch.equal(model.head.weight, weights["lm_head.weight"])
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    model = zoo.load_checkpoint(write_folder(tmp_path / "b", weights, settings))
+    model = published.load_checkpoint(write_folder(tmp_path / "b", weights, settings))
     assert model.head.weight is model.embed.weight
-    model = zoo.load_checkpoint(write_folder(tmp_path / "c", weights_for(settings), settings))
+    model = published.load_checkpoint(write_folder(tmp_path / "c", weights_for(settings), settings))
     assert model.head.weight is model.embed.weight
     weights = random_weights(CHATGLM)
     weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"].clone()
-    assert not zoo.load_checkpoint(
+    assert not published.load_checkpoint(
         write_folder(tmp_path / "d", weights, CHATGLM)
     ).config.tied  # both are there
 
@@ -429,14 +432,14 @@ def test_a_tie_is_believed_only_where_both_are_equal(tmp_path):
 def test_meta_s_files_give_the_same_model(n_slices, kv_heads, tmp_path):
     settings = {**LLAMA, "num_key_value_heads": kv_heads, "intermediate_size": 128, "vocab_size": 62}
     weights = random_weights(settings)
-    expected = zoo.load_checkpoint(write_folder(tmp_path / "hf", weights, settings))
+    expected = published.load_checkpoint(write_folder(tmp_path / "hf", weights, settings))
     slices, params = to_meta(weights, settings, n_slices)
     folder = tmp_path / "meta"
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(params))
     for i, part in enumerate(slices):
         torch.save(part, folder / f"consolidated.{i:02}.pth")
-    model = zoo.load_checkpoint(folder)
+    model = published.load_checkpoint(folder)
     assert all(torch.equal(model.state_dict()[n], w) for n, w in expected.state_dict().items())
     tokens = torch.randint(61, (2, 12))
     assert torch.equal(model(tokens), expected(tokens))
@@ -448,11 +451,11 @@ def test_meta_s_folder_brings_its_tokenizer_and_talks(tmp_path, capsys):
     slices, params = to_meta(random_weights(settings), settings, 1)
     (tmp_path / "params.json").write_text(json.dumps(params))
     torch.save(slices[0], tmp_path / "consolidated.00.pth")
-    model, tokenizer = zoo.load_folder(tmp_path)
+    model, tokenizer = folder.load_folder(tmp_path)
     assert model.config.vocab_size == tokenizer.vocab_size == plain.vocab_size()
     assert tokenizer.encode("the fox") == [plain.bos_id(), *plain.encode("the fox")]
     words = ["generate", "the fox", "--model", str(tmp_path), "--max-new-tokens", "3", "--device", "cpu"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert capsys.readouterr().out.startswith("the fox")
 
 
@@ -467,7 +470,7 @@ def test_meta_s_damaged_files(damage, message, tmp_path):
     torch.save(slices[0], tmp_path / "consolidated.00.pth")
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        zoo.load_checkpoint(tmp_path)
+        published.load_checkpoint(tmp_path)
 
 
 # Few bits.
@@ -487,13 +490,13 @@ def test_quantized_checkpoints_are_the_numbers_they_stand_for(name, bits, tmp_pa
         if key + "_scale" in stored:
             scale = weight.abs().amax(1, keepdim=True) / limit
             rounded[key] = (weight / scale).round() * scale
-    expected = zoo.load_checkpoint(write_folder(tmp_path / "plain", rounded, settings)).state_dict()
+    expected = published.load_checkpoint(write_folder(tmp_path / "plain", rounded, settings)).state_dict()
     folder = write_folder(tmp_path / "few", stored, {**settings, "quantization_bit": bits}, "bin", 2)
-    model = zoo.load_checkpoint(folder)
+    model = published.load_checkpoint(folder)
     for key, weight in model.state_dict().items():
         assert weight.dtype == torch.float32
         torch.testing.assert_close(weight, expected[key], rtol=1e-6, atol=0)
-    half = zoo.load_checkpoint(folder, dtype=torch.bfloat16)
+    half = published.load_checkpoint(folder, dtype=torch.bfloat16)
     assert torch.equal(half.blocks[0].mlp.w_down.weight, model.blocks[0].mlp.w_down.weight.bfloat16())
 
 
@@ -502,15 +505,15 @@ def test_quantized_weights_without_scale_or_of_a_wrong_size(tmp_path):
     name = "transformer.encoder.layers.1.self_attention.dense.weight"
     without = {key: value for key, value in stored.items() if key != name + "_scale"}
     with pytest.raises(CheckpointError, match=f"'{name}' is torch.int8, and has no weight_scale"):
-        zoo.load_checkpoint(write_folder(tmp_path / "a", without, CHATGLM2))
+        published.load_checkpoint(write_folder(tmp_path / "a", without, CHATGLM2))
     wrong = {**stored, name: stored[name][:, :-1].contiguous()}
     with pytest.raises(CheckpointError, match=f"'{name}': torch.int8 of shape .* is neither 8 nor 4 bits"):
-        zoo.load_checkpoint(write_folder(tmp_path / "b", wrong, CHATGLM2))
+        published.load_checkpoint(write_folder(tmp_path / "b", wrong, CHATGLM2))
     wrong = {**stored, name + "_scale": stored[name + "_scale"][:-1].contiguous()}
     with pytest.raises(
         CheckpointError, match=f"'{name}': \\(47,\\) scales of torch.float32 for shape \\(48, 48\\)"
     ):
-        zoo.load_checkpoint(write_folder(tmp_path / "c", wrong, CHATGLM2))
+        published.load_checkpoint(write_folder(tmp_path / "c", wrong, CHATGLM2))
 
 
 # Wrong and hostile folders.
@@ -635,7 +638,7 @@ def test_a_wrong_folder_is_one_clear_error(damage, message, tmp_path):
     folder = write_folder(tmp_path / "model", random_weights(LLAMA), LLAMA, n_shards=3)
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        zoo.load_checkpoint(folder)
+        published.load_checkpoint(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
 
@@ -690,7 +693,7 @@ def test_a_wrong_bin_file_is_one_clear_error_and_runs_nothing(damage, message, t
     folder = write_folder(tmp_path / "model", random_weights(LLAMA), LLAMA, "bin")
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        zoo.load_checkpoint(folder)
+        published.load_checkpoint(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -701,12 +704,12 @@ def test_the_links_of_a_hugging_face_cache_are_followed(tmp_path):
     for file in list(snapshot.iterdir()):
         shutil.move(file, blobs / file.name)
         file.symlink_to(f"../../blobs/{file.name}")
-    assert zoo.load_checkpoint(snapshot).config.dim == 48
+    assert published.load_checkpoint(snapshot).config.dim == 48
 
 
 def test_the_weights_survive_the_folder(tmp_path):
     weights = random_weights(LLAMA)
-    model = zoo.load_checkpoint(write_folder(tmp_path / "m", weights, LLAMA))
+    model = published.load_checkpoint(write_folder(tmp_path / "m", weights, LLAMA))
     shutil.rmtree(tmp_path / "m")
     assert torch.equal(model.head.weight, weights["lm_head.weight"])
     model.head.weight.zero_()  # writing changes no file, and works
@@ -785,7 +788,7 @@ def sentencepiece_model(path, **options):
 def test_llama_begins_with_bos_and_chats_in_brackets(tmp_path):
     plain = sentencepiece_model(tmp_path / "tokenizer.model", split_digits=True)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    tokenizer = zoo.load_published_tokenizer(tmp_path)
+    tokenizer = tokenizers.load_published_tokenizer(tmp_path)
     assert tokenizer.encode("the cat 2025") == [1, *plain.encode("the cat 2025")]
     assert tokenizer.decode(tokenizer.encode("the cat 2025")) == "the cat 2025"
     assert tokenizer.eos_id == 2
@@ -800,13 +803,13 @@ def test_baichuan_adds_nothing_and_marks_turns_by_two_ids(tmp_path):
         tmp_path / "tokenizer.model", split_digits=True, normalization_rule_name="nmt_nfkc"
     )
     (tmp_path / "config.json").write_text(json.dumps(BAICHUAN_13B))
-    tokenizer = zoo.load_published_tokenizer(tmp_path)
+    tokenizer = tokenizers.load_published_tokenizer(tmp_path)
     assert tokenizer.encode("今天 2025") == plain.encode("今天 2025")
     assert tokenizer.chat("a dog", [("hello", "the cat")]) == [
         195, *plain.encode("hello"), 196, *plain.encode("the cat"), 195, *plain.encode("a dog"), 196,
     ]  # fmt: skip
     (tmp_path / "generation_config.json").write_text('{"user_token_id": 7, "assistant_token_id": 8}')
-    assert zoo.load_published_tokenizer(tmp_path).chat("a")[0::100] == [7]
+    assert tokenizers.load_published_tokenizer(tmp_path).chat("a")[0::100] == [7]
     with pytest.raises(ValueError, match="baichuan has no place for a system text"):
         tokenizer.chat("a", system="b")
 
@@ -814,7 +817,7 @@ def test_baichuan_adds_nothing_and_marks_turns_by_two_ids(tmp_path):
 def test_chatglm2_begins_with_gmask_and_sop(tmp_path):
     plain = sentencepiece_model(tmp_path / "tokenizer.model")
     (tmp_path / "config.json").write_text(json.dumps(CHATGLM2))
-    tokenizer = zoo.load_published_tokenizer(tmp_path)
+    tokenizer = tokenizers.load_published_tokenizer(tmp_path)
     n = plain.vocab_size()
     assert tokenizer.special_ids == {
         "[MASK]": n,
@@ -827,7 +830,7 @@ def test_chatglm2_begins_with_gmask_and_sop(tmp_path):
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (2, 0, n + 5)
     text = "[Round 1]\n\n问：hello\n\n答：the cat\n\n[Round 2]\n\n问：a dog\n\n答："
-    assert zoo.chatglm_prompt("a dog", [("hello", "the cat")], second=True) == text
+    assert tokenizers.chatglm_prompt("a dog", [("hello", "the cat")], second=True) == text
     assert tokenizer.chat("a dog", [("hello", "the cat")]) == tokenizer.encode(text)
 
 
@@ -857,25 +860,25 @@ def test_chatglm_writes_white_space_as_pieces_and_ends_with_gmask_and_sop(offset
     ids["eos_token_id"] = plain.piece_to_id("<eop>") + offset
     (tmp_path / "config.json").write_text(json.dumps({**CHATGLM, **ids}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"num_image_tokens": offset}))
-    tokenizer = zoo.load_published_tokenizer(tmp_path)
+    tokenizer = tokenizers.load_published_tokenizer(tmp_path)
     text = "the cat\n\tsat" + " " * 5 + "on" + " " * 83 + "mat"
-    assert zoo.glm_text(text) == "the cat<n><|tab|>sat<|blank_5|>on<|blank_80|><|blank_3|>mat"
-    assert zoo.glm_plain(zoo.glm_text(text)) == text
+    assert tokenizers.glm_text(text) == "the cat<n><|tab|>sat<|blank_5|>on<|blank_80|><|blank_3|>mat"
+    assert tokenizers.glm_plain(tokenizers.glm_text(text)) == text
     encoded = tokenizer.encode(text)
     assert encoded[-2:] == [ids["gmask_token_id"], ids["bos_token_id"]]
-    assert [i - offset for i in encoded[:-2]] == plain.encode(zoo.glm_text(text))
+    assert [i - offset for i in encoded[:-2]] == plain.encode(tokenizers.glm_text(text))
     assert tokenizer.decode(encoded) == text
     assert (tokenizer.eos_id, tokenizer.pad_id) == (ids["eos_token_id"], 3)
-    assert zoo.chatglm_prompt("b", [("a", "x")]) == "[Round 0]\n问：a\n答：x\n[Round 1]\n问：b\n答："
+    assert tokenizers.chatglm_prompt("b", [("a", "x")]) == "[Round 0]\n问：a\n答：x\n[Round 1]\n问：b\n答："
 
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     with pytest.raises(TokenizerError, match="neither tokenizer.model nor ice_text.model"):
-        zoo.load_published_tokenizer(tmp_path)
+        tokenizers.load_published_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
-        zoo.load_published_tokenizer(tmp_path)
+        tokenizers.load_published_tokenizer(tmp_path)
 
 
 # The command line.
@@ -902,10 +905,10 @@ def test_generate_reads_a_published_folder(published, capsys):
         "--device",
         "cpu",
     ]
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     said = capsys.readouterr().out
     assert said.startswith("the cat")
-    model, tokenizer = zoo.load_folder(published)
+    model, tokenizer = folder.load_folder(published)
     new = generate(
         model, [tokenizer.encode("the cat")], max_new_tokens=8, sampler=Sampler.greedy(), eos_id=2
     )[0]
@@ -914,9 +917,9 @@ def test_generate_reads_a_published_folder(published, capsys):
 
 def test_convert_goes_both_ways_and_changes_nothing(published, tmp_path, capsys):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    assert cli.main(["convert", str(published), str(ours)]) == 0
+    assert main.main(["convert", str(published), str(ours)]) == 0
     assert json.loads((ours / "config.json").read_text())["format"] == "minillm"
-    assert cli.main(["convert", str(ours), str(theirs)]) == 0
+    assert main.main(["convert", str(ours), str(theirs)]) == 0
     before, after = load_file(published / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -924,7 +927,7 @@ def test_convert_goes_both_ways_and_changes_nothing(published, tmp_path, capsys)
     texts = []
     for folder in (published, ours, theirs):
         assert (
-            cli.main(
+            main.main(
                 [
                     "generate",
                     "a dog",
@@ -942,7 +945,7 @@ def test_convert_goes_both_ways_and_changes_nothing(published, tmp_path, capsys)
         )
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1
-    assert cli.main(["convert", str(ours), str(theirs)]) == 2
+    assert main.main(["convert", str(ours), str(theirs)]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
@@ -965,9 +968,9 @@ def test_convert_keeps_what_chatglm_needs(tmp_path):
     )}  # fmt: skip
     settings = {**CHATGLM, **ids, "vocab_size": 390}
     write_folder(tmp_path / "hf", random_weights(settings), settings)
-    zoo.convert_folder(tmp_path / "hf", tmp_path / "ours")
+    folder.convert_folder(tmp_path / "hf", tmp_path / "ours")
     for folder in ("hf", "ours"):
-        model, tokenizer = zoo.load_folder(tmp_path / folder)
+        model, tokenizer = folder.load_folder(tmp_path / folder)
         tokens = torch.tensor([tokenizer.encode("the cat\nsat")])
         assert tokenizer.eos_id == ids["eos_token_id"]
         logits = model(tokens)
@@ -981,22 +984,22 @@ def test_a_model_of_ours_with_its_own_vocabulary_becomes_a_published_one(tmp_pat
     config = replace(zoo.read_llama(LLAMA), vocab_size=300, tied=True)
     save_model(tmp_path / "run" / "model", Transformer(config))
     tokenizer.save(tmp_path / "run" / "model")
-    out = zoo.convert_folder(tmp_path / "run", tmp_path / "out")
-    model, again = zoo.load_folder(out)
+    out = folder.convert_folder(tmp_path / "run", tmp_path / "out")
+    model, again = folder.load_folder(out)
     assert model.config == config
     assert again.encode("the cat") == tokenizer.encode("the cat")
     assert not isinstance(again, SentencePieceTokenizer)
 
 
 def test_info_knows_the_zoo_and_published_folders(published, capsys):
-    assert cli.main(["info", "llama2-70b"]) == 0
+    assert main.main(["info", "llama2-70b"]) == 0
     said = capsys.readouterr().out
     assert "llama2-70b: 68,976,648,192 parameters" in said
     assert "KV cache" in said
     assert "GFLOP" in said
-    assert cli.main(["info", str(published)]) == 0
+    assert main.main(["info", str(published)]) == 0
     assert f"{published}: " in capsys.readouterr().out
-    assert cli.main(["info", "llama3"]) == 2
+    assert main.main(["info", "llama3"]) == 2
     error = capsys.readouterr().err
     assert "tiny" in error
     assert "baichuan2-13b" in error
@@ -1006,7 +1009,7 @@ def test_info_knows_the_zoo_and_published_folders(published, capsys):
 
 
 def solution_inside(folder, name):
-    return zoo.inside(folder, name)
+    return weights.inside(folder, name)
 
 
 def glm_positions(tokens, gmask, mask, sop):

@@ -10,12 +10,17 @@ import torch.distributed as dist
 
 from benchmarks.zero import held
 from minillm import train as training
-from minillm.batches import Loader, TokenShards, write_shards
-from minillm.train import TrainConfig, TrainingDiverged, batch_loss, train
+from minillm.base import machine
+from minillm.base.machine import held_bytes
+from minillm.batches import Loader
+from minillm.runs.engines import make_engine
+from minillm.runs.keeper import train
+from minillm.storage.shards import TokenShards, write_shards
+from minillm.train import TrainConfig, TrainingDiverged, batch_loss
 from minillm.transformer import ModelConfig, Transformer
-from minillm.zero import DataParallel, Ring, Wire, Zero1, Zero2, Zero3, held_bytes, make_engine, wait_for
+from minillm.zero import DataParallel, Ring, Wire, Zero1, Zero2, Zero3, wait_for
 
-training.peak_flops = lambda dtype, device: 1e11  # measuring it takes longer than the runs here
+machine.peak_flops = lambda dtype, device: 1e11  # measuring it takes longer than the runs here
 VOCAB = 61
 SHAPE = ModelConfig(
     vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=52, max_seq_len=32, tied=True

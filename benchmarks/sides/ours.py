@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from benchmarks.sides.base import Shape, Side, Step
 from minillm.generate import Sampler, generate
-from minillm.runtime import tune_allocator, tune_matmul
-from minillm.train import Engine, TrainConfig, autocast, compiled, linear_cross_entropy
+from minillm.kernels.matmul import tune_allocator, tune_matmul
+from minillm.runs.keeper import compiled
+from minillm.train import Engine, TrainConfig, autocast, linear_cross_entropy
 from minillm.transformer import ModelConfig, Transformer
 
 

@@ -1,4 +1,4 @@
-"""Laws of chapter 08."""
+"""Laws of chapter 11."""
 
 import math
 

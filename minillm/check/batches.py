@@ -1,4 +1,4 @@
-"""Laws of chapter 12."""
+"""Laws of chapter 15."""
 
 import itertools
 import random

@@ -176,8 +176,9 @@ def _(f):
 
 def _read_plot(table: str) -> tuple[Any, list[tuple[str, int, str, int]]]:
     from minillm import corpus
+    from minillm.world import reading, stories
 
-    plot = corpus.parse_plot(table)
+    plot = stories.parse_plot(table)
     return plot, [
         (lang, wording, template, step)
         for lang in ("en", "zh")
@@ -210,10 +211,11 @@ def _(table):
 )
 def _(table):
     from minillm import corpus
+    from minillm.world import reading, stories
 
     plot, _ = _read_plot(table)
     for lang in ("en", "zh"):
-        rules = corpus.plot_rules(plot, lang)
+        rules = reading.plot_rules(plot, lang)
         certain = {step for step, line in enumerate(plot.lines) if not line.optional}
         named = {role for _, _, step, groups in rules if step in certain for role, _ in groups}
         missing = sorted({"a", "b", "x", "p"} - named)
@@ -227,20 +229,21 @@ def _(table):
 )
 def _(table):
     from minillm import corpus
+    from minillm.world import reading, stories
 
     plot, wordings = _read_plot(table)
-    rules = {lang: corpus.plot_rules(plot, lang) for lang in ("en", "zh")}
+    rules = {lang: reading.plot_rules(plot, lang) for lang in ("en", "zh")}
     for seed in range(30):
-        plan = corpus.fill_roles(plot, corpus.dice("check", seed))
+        plan = stories.fill_roles(plot, corpus.dice("check", seed))
         for lang, _, template, step in wordings:
-            sentence = template.format_map(corpus.word_forms(plan, lang))
+            sentence = template.format_map(stories.word_forms(plan, lang))
             read = [
                 (rule, hit)
                 for rule in rules[lang]
                 if rule[2] == step and (hit := rule[0].fullmatch(sentence))
             ]
             assert read, f"not read back: {sentence}"
-            words = corpus.surface_words(lang)
+            words = reading.surface_words(lang)
             for (_, _, _, groups), hit in read[:1]:
                 for (role, kind), word in zip(groups, hit.groups()):
                     value = words[kind][word] if role else None

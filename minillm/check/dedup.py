@@ -1,4 +1,4 @@
-"""Laws of chapter 03."""
+"""Laws of chapter 06."""
 
 import numpy as np
 

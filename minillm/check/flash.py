@@ -1,4 +1,4 @@
-"""Laws of chapter 09."""
+"""Laws of chapter 12."""
 
 import math
 

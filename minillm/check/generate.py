@@ -1,4 +1,4 @@
-"""Laws of chapter 14."""
+"""Laws of chapter 17."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Laws of chapter 06."""
+"""Laws of chapter 09."""
 
 import math
 

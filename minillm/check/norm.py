@@ -1,4 +1,4 @@
-"""Laws of chapter 05."""
+"""Laws of chapter 08."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Laws of chapter 07."""
+"""Laws of chapter 10."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Laws of chapter 04."""
+"""Laws of chapter 07."""
 
 import random
 from collections import Counter

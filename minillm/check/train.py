@@ -1,4 +1,4 @@
-"""Laws of chapter 13."""
+"""Laws of chapter 16."""
 
 import math
 

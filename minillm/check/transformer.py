@@ -1,4 +1,4 @@
-"""Laws of chapter 10."""
+"""Laws of chapter 13."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Laws of chapter 15."""
+"""Laws of chapter 18."""
 
 import math
 

@@ -1,12 +1,12 @@
-"""Laws of chapter 11."""
+"""Laws of chapter 14."""
 
 import tempfile
 from pathlib import Path
 
 import torch
 
+from minillm.base.errors import MiniLLMError
 from minillm.check import close, law
-from minillm.checkpoint import MiniLLMError
 
 H, WIDTH, D = 3, 4, 12  # heads, their width, and the model's
 

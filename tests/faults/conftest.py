@@ -88,8 +88,8 @@ def rows(request):
     rows, start, path = [], time.monotonic(), request.config.getoption("--faults-table")
     yield rows
     if path:
-        from minillm.checkpoint import atomic_write
-        from minillm.runtime import describe_machine
+        from minillm.base.files import atomic_write
+        from minillm.base.machine import describe_machine
 
         rounds = request.config.getoption("--faults-rounds")
         result = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoint import latest_checkpoint, load_checkpoint
+from minillm.storage.checkpoints import latest_checkpoint, load_checkpoint
 
 HERE = Path(__file__).parent
 TABLE = HERE.parents[1] / "data" / "results" / "faults.json"

@@ -8,7 +8,8 @@ import signal
 import pytest
 from harness import assert_same, contents, pretrain_words
 
-from minillm.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
+from minillm.base.errors import CheckpointError
+from minillm.storage.checkpoints import latest_checkpoint, verify_checkpoint
 
 
 def damage(path, dice):

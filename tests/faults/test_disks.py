@@ -11,7 +11,7 @@ import subprocess
 import pytest
 from harness import assert_same, leftovers, pretrain_words
 
-from minillm.checkpoint import latest_checkpoint, verify_checkpoint
+from minillm.storage.checkpoints import latest_checkpoint, verify_checkpoint
 
 
 def resume(zygote, data, run_dir, whole):

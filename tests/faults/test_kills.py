@@ -9,7 +9,8 @@ import time
 import pytest
 from harness import assert_same, contents, leftovers
 
-from minillm.checkpoint import clean_leftovers, latest_checkpoint, verify_checkpoint
+from minillm.base.files import clean_leftovers
+from minillm.storage.checkpoints import latest_checkpoint, verify_checkpoint
 
 
 def seconds_of(zygote, data, folder, **settings):
@@ -273,20 +274,21 @@ def test_verification_reads_the_disk(tmp_path, monkeypatch):
     """A new checkpoint that reads back wrongly is an error, and the old ones stay."""
     import torch
 
-    from minillm import checkpoint
+    from minillm.base import errors, files
+    from minillm.storage import checkpoints
 
     tensors = {"model": {"w": torch.ones(4)}}
     for step in (1, 2):
-        checkpoint.save_checkpoint(tmp_path, step, tensors=tensors, state={})
-    real, calls = checkpoint.sha256_file, []
+        checkpoints.save_checkpoint(tmp_path, step, tensors=tensors, state={})
+    real, calls = files.sha256_file, []
 
     def bad_disk(path, *, from_disk=False):
         calls.append(from_disk)
         return "0" * 64 if from_disk else real(path)
 
     monkeypatch.setattr(checkpoint, "sha256_file", bad_disk)
-    with pytest.raises(checkpoint.CheckpointError, match="checksum differs"):
-        checkpoint.save_checkpoint(tmp_path, 3, tensors=tensors, state={}, keep=1)
+    with pytest.raises(errors.CheckpointError, match="checksum differs"):
+        checkpoints.save_checkpoint(tmp_path, 3, tensors=tensors, state={}, keep=1)
     assert True in calls
     monkeypatch.undo()
     for step in (1, 2):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from harness import ENVIRONMENT, HERE, assert_same, contents, leftovers, pretrain_words, steps_logged
 
-from minillm.checkpoint import latest_checkpoint
+from minillm.storage.checkpoints import latest_checkpoint
 
 pytestmark = pytest.mark.distributed
 TIMEOUT_S = 2.0  # how long a process waits for another one, where that is tried

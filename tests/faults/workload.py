@@ -14,13 +14,18 @@ from pathlib import Path
 import torch
 import tqdm.std
 
-from minillm import checkpoint, cli
-from minillm.batches import Loader, TokenShards, write_shards
-from minillm.checkpoint import MiniLLMError
-from minillm.runtime import World, process_group, run_lock
-from minillm.train import Interrupted, TrainConfig, batch_loss, evaluate_loss, load_batch, save_run, train
+from minillm.base import files
+from minillm.base.errors import MiniLLMError
+from minillm.base.files import run_lock
+from minillm.base.processes import World, process_group
+from minillm.batches import Loader
+from minillm.cli import main
+from minillm.runs.engines import EngineConfig, make_engine
+from minillm.runs.keeper import load_batch, save_run, train
+from minillm.runs.signals import Interrupted
+from minillm.storage.shards import TokenShards, write_shards
+from minillm.train import TrainConfig, batch_loss, evaluate_loss
 from minillm.transformer import ModelConfig, Transformer
-from minillm.zero import EngineConfig, make_engine
 
 VOCAB = 64
 SHAPE = ModelConfig(
@@ -225,7 +230,7 @@ def come_late(rank: int, port: int, timeout_s: float, seconds: float) -> int:
 
 def interfere_with_save(number: int, event: int, report: str = "") -> None:
     """Let the save of that number die at a request to the file system; without `event`, write down how many there are."""
-    import minillm.train as training
+    from minillm.runs import keeper
 
     saves = [0]
 
@@ -238,10 +243,10 @@ def interfere_with_save(number: int, event: int, report: str = "") -> None:
         if report:
             Path(report).write_text(str(count[0]))
         count[0] = -1
-        training.save_run = save_run
+        keeper.save_run = save_run
         return path
 
-    training.save_run = save
+    keeper.save_run = save
 
 
 def die_in_save(run_dir: str, data: str, event: int, report: str, **settings) -> int:
@@ -253,9 +258,9 @@ def die_in_save(run_dir: str, data: str, event: int, report: str, **settings) ->
 def replace_folder(folder: str, text: str, event: int, report: str, swap: bool = True) -> int:
     """Replace a folder of three files, dying at a request to the file system."""
     if not swap:
-        checkpoint._swap_call = lambda: None
+        files._swap_call = lambda: None
     count = die_at(event)
-    with checkpoint.atomic_folder(folder) as partial:
+    with files.atomic_folder(folder) as partial:
         for name in "abc":
             (partial / name).write_text(text)
     if not event:
@@ -347,4 +352,4 @@ def command(words: list[str], closed_output: bool = False, rank: int = 0, port: 
         read, write = os.pipe()
         os.close(read)
         os.dup2(write, 1)
-    return cli.main(words)
+    return main.main(words)

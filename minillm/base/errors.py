@@ -1,0 +1,31 @@
+"""Every error that a user can meet, in one place."""
+
+from __future__ import annotations
+
+
+class MiniLLMError(Exception):
+    """Something is wrong with a file or with data; the message names it. The command line exits with status 2."""
+
+
+class CheckpointError(MiniLLMError):
+    """A checkpoint is missing, damaged or does not fit."""
+
+
+class CleanError(MiniLLMError):
+    """Cleaning cannot go on: a step failed on a document, or a folder holds something else."""
+
+
+class CorpusError(MiniLLMError):
+    """A source of text is missing, damaged or not what it should be; the message names file, line and way out."""
+
+
+class RunLocked(MiniLLMError):
+    """Another process is writing to the same run folder."""
+
+
+class PeerLost(MiniLLMError):
+    """Another process of the run has ended, or has not answered in time."""
+
+
+class NoSpace(MiniLLMError):
+    """A run would fill the disk."""

@@ -1,0 +1,81 @@
+"""The command line: `minillm speedrun | pretrain | corpus | clean | generate | tokenizer | convert | info`. Bad input exits with 2 and one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from minillm import __version__
+from minillm.base.errors import MiniLLMError
+from minillm.cli.models import _convert, _info
+from minillm.cli.runs import _run
+from minillm.cli.talk import _generate
+from minillm.cli.text import _clean, _corpus
+from minillm.cli.tokenizer import _tokenizer
+
+HELP = f"""minillm {__version__}: build a language model piece by piece, then train it.
+
+  minillm speedrun             raw text -> tokenizer -> model -> report, in minutes
+  minillm pretrain             the same up to the trained model
+  minillm corpus               write the project's own corpus, with planted defects
+  minillm clean IN             raw text -> clean text, and a report of what went and why
+  minillm generate PROMPT      continue a prompt, or talk, with a trained model
+  minillm tokenizer COMMAND    train a vocabulary; encode and decode text with it
+  minillm convert FOLDER OUT   a published model into ours, or ours into a published format
+  minillm info NAME            parameters, memory and FLOPs of a recipe, a run or a published model
+  minillm info --attention     which attention kernel is taken, and why
+  minillm info --plan          what a model needs on how many GPUs, by ZeRO stage
+
+`minillm COMMAND --help` shows every setting with its default."""
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "speedrun": lambda argv: _run("speedrun", argv),
+    "pretrain": lambda argv: _run("pretrain", argv),
+    "corpus": _corpus,
+    "clean": _clean,
+    "generate": _generate,
+    "tokenizer": _tokenizer,
+    "convert": _convert,
+    "info": _info,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if argv[0] == "--version":
+        print(f"minillm {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"minillm: error: no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        from minillm.base.machine import set_up_logging
+
+        set_up_logging()
+        return COMMANDS[argv[0]](argv[1:])
+    except BrokenPipeError:  # the reader of a pipe, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (MiniLLMError, ValueError, OSError) as error:
+        print(f"minillm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minillm: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from minillm.runs.signals import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"minillm: {error}", file=sys.stderr)
+            return 128 + getattr(signal, error.signal_name, signal.SIGINT)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

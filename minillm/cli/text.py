@@ -1,0 +1,188 @@
+"""`minillm corpus` and `minillm clean`: raw text in, clean text out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from minillm.cli.parsing import _parse, _say
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusArgs:
+    """Write the project's own corpus as JSON lines; what is wrong with a document stands in its meta."""
+
+    out: Path = Path("raw.jsonl")
+    """The file; gzip if its name ends in .gz."""
+    documents: int = 20_000
+    """How many."""
+    split: Literal["train", "heldout"] = "train"
+    """heldout: documents whose meanings no document of train has; without defects."""
+    benchmark: Path | None = None
+    """Write the corpus's benchmark too: half of its items have leaked into the corpus."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def _corpus(argv: Sequence[str]) -> int:
+    from tqdm.auto import tqdm
+
+    from minillm.corpus import Document
+    from minillm.readers.documents import write_documents
+    from minillm.world.defects import benchmark_item
+    from minillm.world.stream import generate
+    from minillm.world.task import CorpusConfig
+    from minillm.world.truth import with_repetitions
+
+    defects = dataclasses.field(default_factory=lambda: CorpusConfig(defects=0.3))
+    fields = [
+        ("run", Annotated[CorpusArgs, tyro.conf.arg(name="")], dataclasses.field(default_factory=CorpusArgs)),
+        ("config", Annotated[CorpusConfig, tyro.conf.arg(name="")], defects),
+    ]
+    both = dataclasses.make_dataclass("Args", fields)
+    parsed: Any = _parse(both, prog="minillm corpus", description=CorpusArgs.__doc__, args=list(argv))
+    args, config = parsed.run, parsed.config
+    if args.documents < 1:
+        raise ValueError(f"documents must be at least 1, got {args.documents}")
+    last_item = 0
+
+    def documents() -> Any:
+        nonlocal last_item
+        made = generate(config, n_documents=args.documents, split=args.split)
+        bar = tqdm(
+            made, total=args.documents, unit="doc", disable=args.quiet, leave=False, desc=str(args.out)
+        )
+        for document in with_repetitions(bar):
+            last_item = max(last_item, document.meta.get("item", 0))
+            yield document
+
+    n = write_documents(documents(), args.out)
+    print(f"{args.out}: {n:,} documents, {100 * config.defects:.0f} % of them with a planted defect")
+    if args.benchmark is not None:
+        items: list[Document] = [benchmark_item(config, number) for number in range(last_item + 2)]
+        write_documents(items, args.benchmark)
+        print(
+            f"{args.benchmark}: {len(items):,} items; those with even numbers may have leaked, the others never"
+        )
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanArgs:
+    """What to clean, and where to put it."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files (txt, jsonl, parquet; gz, zst), folders, patterns with *, `stdlib:`, `hf:owner/name`."""
+    out: Path = Path("clean")
+    """A folder: the clean text goes into its `documents`."""
+    recipe: Literal["web", "own"] = "web"
+    """What every setting of the steps has as its default: web for text from anywhere, own for the project's own corpus."""
+    report: bool = True
+    """Write report.html beside report.json."""
+    keep_dropped: bool = False
+    """Keep what was dropped, with step and reason, in dropped.jsonl.gz."""
+    on_error: Literal["skip", "raise"] = "skip"
+    """skip counts what cannot be read, names it with file and line, and goes on; raise stops at it."""
+    workers: int = 0
+    """Processes; 0 for one a core. What comes out does not depend on it."""
+    chunk_documents: int = 1000
+    """So many documents are a unit of work: what a kill costs, and what a worker holds in memory."""
+    seconds_per_document: float = 60.0
+    """A step that works longer on one document drops it."""
+    max_chars: int = 1_000_000
+    """Longer records are not read; longer text files are cut."""
+    text_field: str = "text"
+    """The field or column of the text."""
+    restart: bool = False
+    """Begin anew, and throw away what --out holds of another cleaning run."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def _clean(argv: Sequence[str]) -> int:
+    from minillm.pipeline.run import clean
+    from minillm.pipeline.steps import CleanConfig, clean_recipe, default_steps
+
+    words = list(argv)
+    named = [word.partition("=")[2] for word in words if word.startswith("--recipe=")]
+    named += [after for word, after in zip(words, words[1:]) if word == "--recipe"]
+    chosen = clean_recipe(named[-1] if named else "web")
+    fields = [
+        ("run", Annotated[CleanArgs, tyro.conf.arg(name="")], dataclasses.field(default_factory=CleanArgs)),
+        (
+            "config",
+            Annotated[CleanConfig, tyro.conf.arg(name="")],
+            dataclasses.field(default_factory=lambda: chosen),
+        ),
+    ]
+    both = dataclasses.make_dataclass("Args", fields)
+    description = (
+        "Lead text through the steps of chapters 02 and 06: extract, repair, language, heuristics, length, machine, pii, "
+        "toxicity, exact, near, sentences, decontaminate. --skip NAME… leaves steps out. A run that was stopped or killed is "
+        "taken up by the same command. Then: minillm speedrun --data OUT/documents"
+    )
+    parsed: Any = _parse(both, prog="minillm clean", description=description, args=words)
+    args = parsed.run
+    if not args.sources:
+        raise ValueError(
+            "nothing to clean: name files or folders, or write a corpus first: minillm corpus --out raw.jsonl"
+        )
+    if args.workers < 0:
+        raise ValueError(f"workers must not be negative, got {args.workers}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    steps = default_steps(parsed.config, args.sources)
+    try:
+        result = clean(
+            args.sources,
+            steps,
+            args.out,
+            workers=args.workers or cores,
+            on_error=args.on_error,
+            keep_dropped=args.keep_dropped,
+            report=args.report,
+            restart=args.restart,
+            chunk_documents=args.chunk_documents,
+            seconds_per_document=args.seconds_per_document,
+            max_chars=args.max_chars,
+            text_field=args.text_field,
+            progress=not args.quiet,
+            say=_say,
+        )
+    except KeyboardInterrupt:
+        print("minillm: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    _say_clean(args.out, result)
+    return 0
+
+
+def _say_clean(out: Path, result: dict[str, Any]) -> None:
+    from minillm.show.cleaning import truth_table
+
+    _say(f"{'step':14} {'in':>10} {'dropped':>10} {'changed':>10} {'out':>10}  reasons")
+    for step in result["steps"]:
+        ranked = sorted(step["reasons"].items(), key=lambda pair: (-pair[1], pair[0]))
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in ranked[:3])
+        numbers = (step["n_in"], step["n_in"] - step["n_out"], step["changed"], step["n_out"])
+        _say(f"{step['name']:14} " + " ".join(f"{n:10,}" for n in numbers) + f"  {reasons}")
+    if truth := truth_table(result):
+        _say(
+            f"\n{'step':14} {'to find':>8} {'caught':>8} {'recall':>8} {'acted on':>9} {'precision':>9} {'sound':>7}"
+            "  (against the truth; sound: had no defect at all)"
+        )
+        for row in truth:
+            counts = f"{row['planted']:8,} {row['caught']:8,} {row['recall']:8.3f} {row['acted']:9,} {row['precision']:9.3f} {row['sound']:7,}"
+            _say(f"{row['step']:14} {counts}")
+    for problem in result["read"]["problems"][:5]:
+        _say(f"not read: {problem}")
+    books, rate = result["balance"], result["balance"]["in"] / max(result["seconds"], 1e-9)
+    _say(
+        f"\n{books['in']:,} in = {books['out']:,} out + {books['dropped']:,} dropped + {books['unreadable']:,} unreadable; "
+        f"{result['seconds']:.1f} s, {rate:,.0f} documents/s"
+    )
+    _say(f"Clean text: {out / 'documents'}. Report: {out / 'report.html'}")
