@@ -45,7 +45,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from .corpus import HAN, Document, in_words, units
-from .pipeline.steps import EXTRACTORS
 
 log = logging.getLogger(__name__)
 
@@ -431,27 +430,23 @@ class ExtractText:
     """Take the main text out of documents that are web pages; leave the others as they are. Chapter 02.
 
     Args:
-        engine: "density" (ours), "trafilatura" or "justext".
+        extract: from a page to its main text: `extract_density` (ours), or one of `minillm.vendors.text`.
         max_chars: a longer page goes.
     """
 
-    engine: str = "density"
+    extract: Callable[[str], str] = extract_density
     max_chars: int = 2_000_000
     name: str = "extract_text"
-
-    def __post_init__(self) -> None:
-        if self.engine not in EXTRACTORS:
-            raise ValueError(f"engine={self.engine!r} is unknown; choose one of {', '.join(EXTRACTORS)}")
 
     def __call__(self, document: Document) -> Document | Drop:
         if not is_html(document.text):
             return document
         if len(document.text) > self.max_chars:
             return Drop("page_too_long", f"{len(document.text)} characters, at most {self.max_chars}")
-        text = EXTRACTORS[self.engine](document.text)
+        by, text = self.extract.__name__.removeprefix("extract_"), self.extract(document.text)
         if not text.strip():
-            return Drop("no_main_text", f"{self.engine} found none in {len(document.text)} characters")
-        return replace(document, text=text, meta={**document.meta, "extracted_by": self.engine})
+            return Drop("no_main_text", f"{by} found none in {len(document.text)} characters")
+        return replace(document, text=text, meta={**document.meta, "extracted_by": by})
 
 
 # %% ../chapters/02_extract.ipynb #f23038f6

@@ -34,7 +34,6 @@ import numpy as np
 
 from .corpus import HAN, HAN_PER_WORD, Document, units
 from .extract import ONLY_SIMPLIFIED, ONLY_TRADITIONAL, Drop
-from .pipeline.steps import IDENTIFIERS
 
 
 # %% ../chapters/03_filter.ipynb #1df90842
@@ -340,22 +339,18 @@ class Language:
     Args:
         allowed: languages to keep. "und" is a text without letters, such as a sum: no language, no reason to drop it.
         variants: kinds of Chinese to keep.
-        engine: "ngram" (ours) or "py3langid".
+        identify: from a text to its language and how sure that is: `identify_ngram` (ours), or `vendors.text.identify_py3langid`.
         min_confidence: below it a language that is not wanted is not believed.
     """
 
     allowed: tuple[str, ...] = ("en", "zh", "und")
     variants: tuple[str, ...] = ("simplified", "traditional", "both", "")
-    engine: str = "ngram"
+    identify: Callable[[str], tuple[str, float]] = identify_ngram
     min_confidence: float = 0.6
     name: str = "language"
 
-    def __post_init__(self) -> None:
-        if self.engine not in IDENTIFIERS:
-            raise ValueError(f"engine={self.engine!r} is unknown; choose one of {', '.join(IDENTIFIERS)}")
-
     def __call__(self, document: Document) -> Document | Drop:
-        lang, confidence = IDENTIFIERS[self.engine](document.text)
+        lang, confidence = self.identify(document.text)
         if lang not in self.allowed and confidence >= self.min_confidence:
             return Drop("language", f"{lang} ({confidence:.2f}), wanted {', '.join(self.allowed)}")
         variant = han_variant(document.text) if lang == "zh" else ""

@@ -12,6 +12,7 @@ __all__ = [
     "prefill",
     "Session",
     "uniforms",
+    "PreparedModel",
     "decode_steps",
     "generate",
     "stream",
@@ -27,7 +28,7 @@ __all__ = [
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,7 +36,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import KVCache, Mask
-from .serving.fast import Prepared, open_session
 from .transformer import Transformer, flat_layout
 
 
@@ -270,9 +270,19 @@ def uniforms(n_rows: int, n_draws: int, seed: int | Sequence[int] | None) -> Flo
     return torch.stack([torch.rand(n_draws, dtype=torch.float64, generator=stream) for stream in streams])
 
 
+# %% ../chapters/17_generate.ipynb #11652a23
+@runtime_checkable
+class PreparedModel(Protocol):
+    """A model laid out for decoding: what `generate` asks of one. `minillm.serving.fast.Prepared` is one; chapter 17."""
+
+    model: Transformer
+
+    def session(self, cache: KVCache, real: Bool[Tensor, "B S"]) -> Any: ...
+
+
 # %% ../chapters/17_generate.ipynb #8341e34e
 def decode_steps(
-    model: Transformer | Prepared,
+    model: Transformer | PreparedModel,
     prompts: Sequence[Sequence[int]] | Int[Tensor, "B T"],
     *,
     max_new_tokens: int,
@@ -286,7 +296,7 @@ def decode_steps(
         ValueError: the longest prompt and the new tokens together exceed the model's max_seq_len, `max_new_tokens` is
             negative, a prompt is none for `left_pad`, or the seeds are not one per prompt.
     """
-    plain = model.model if isinstance(model, Prepared) else model
+    plain = model if isinstance(model, Transformer) else model.model
     tokens, real = left_pad(prompts, pad_id, plain.config.vocab_size)
     (B, T), limit, device = tokens.shape, plain.config.max_seq_len, plain.embed.weight.device
     if max_new_tokens < 0:
@@ -306,7 +316,11 @@ def decode_steps(
         with torch.inference_mode():  # not around the yield: the caller's own code would run in it
             if session is None:
                 logits = prefill(plain, tokens, real[:, :T], cache)
-                session = open_session(model, cache, real, max_new_tokens)
+                session = (
+                    Session(model, cache, real)
+                    if isinstance(model, Transformer)
+                    else model.session(cache, real)
+                )
             else:
                 logits = session.step(history[:, T + n - 1])
             chosen = sampler(logits, history[:, : T + n], uniform=None if uniform is None else uniform[:, n])
@@ -316,7 +330,7 @@ def decode_steps(
 
 # %% ../chapters/17_generate.ipynb #8e1ba971
 def generate(
-    model: Transformer | Prepared,
+    model: Transformer | PreparedModel,
     prompts: Sequence[Sequence[int]] | Int[Tensor, "B T"],
     *,
     max_new_tokens: int,
@@ -329,7 +343,7 @@ def generate(
     """Continue every prompt; returns the new tokens only, `eos_id` included where a row reached it.
 
     Args:
-        model: a model, or `Prepared(model)` to prepare its weights once for many calls.
+        model: a model, or one that `minillm.serving.fast.prepare` has made fast, once for many calls.
         prompts: token ids, of unequal lengths if need be.
         max_new_tokens: per row; with the longest prompt at most the model's max_seq_len.
         sampler: default greedy.
@@ -364,7 +378,7 @@ def generate(
 
 # %% ../chapters/17_generate.ipynb #436c3a2f
 def stream(
-    model: Transformer | Prepared,
+    model: Transformer | PreparedModel,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -433,7 +447,7 @@ def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
 
 # %% ../chapters/17_generate.ipynb #b033b1c7
 def stream_text(
-    model: Transformer | Prepared,
+    model: Transformer | PreparedModel,
     tokenizer: TextTokenizer,
     prompt: str,
     *,
@@ -452,7 +466,7 @@ def stream_text(
 
 # %% ../chapters/17_generate.ipynb #3224952d
 def generate_text(
-    model: Transformer | Prepared,
+    model: Transformer | PreparedModel,
     tokenizer: TextTokenizer,
     prompts: str | Sequence[str],
     *,

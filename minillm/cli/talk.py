@@ -65,6 +65,7 @@ def _generate(argv: Sequence[str]) -> int:
     from minillm.base.machine import pick_device
     from minillm.generate import Sampler, stream_text
     from minillm.kernels.matmul import tune_matmul
+    from minillm.serving.fast import prepare
 
     sampler = Sampler(
         temperature=args.temperature,
@@ -77,7 +78,7 @@ def _generate(argv: Sequence[str]) -> int:
         raise ValueError(f"n and max_new_tokens must be at least 1, got {args.n} and {args.max_new_tokens}")
     tune_matmul()
     model, tokenizer = _load(args.model, pick_device(args.device))
-    model.eval()
+    fast = prepare(model.eval(), args.max_new_tokens)
 
     def answer(prompt: str, seed: int | None) -> None:
         room = model.config.max_seq_len - len(tokenizer.encode(prompt))
@@ -87,7 +88,7 @@ def _generate(argv: Sequence[str]) -> int:
             )
         print(prompt, end="", flush=True)
         limit = min(args.max_new_tokens, room)
-        for piece in stream_text(model, tokenizer, prompt, max_new_tokens=limit, sampler=sampler, seed=seed):
+        for piece in stream_text(fast, tokenizer, prompt, max_new_tokens=limit, sampler=sampler, seed=seed):
             print(piece, end="", flush=True)
         print()
 

@@ -300,7 +300,8 @@ def default_steps(config: CleanConfig, sources: Sequence[str] = ()) -> list[Any]
         ValueError: a setting is wrong.
         CorpusError: a benchmark's file cannot be read.
     """
-    from minillm import dedup, detect, harm
+    from minillm import dedup, detect, extract, harm
+    from minillm import filter as filters
     from minillm.vendors import presidio
 
     def decontaminate() -> Any:
@@ -314,14 +315,17 @@ def default_steps(config: CleanConfig, sources: Sequence[str] = ()) -> list[Any]
         return step
 
     build: dict[str, Callable[[], Any]] = {
-        "extract": lambda: extract.ExtractText(engine=config.extract.engine, name="extract"),
+        "extract": lambda: extract.ExtractText(extract=EXTRACTORS[config.extract.engine], name="extract"),
         "repair": lambda: extract.RepairEncoding(**dataclasses.asdict(config.repair), name="repair"),
-        "language": lambda: filter.Language(
-            **{**dataclasses.asdict(config.language), "variants": (*config.language.variants, "")},
+        "language": lambda: filters.Language(
+            allowed=config.language.allowed,
+            variants=(*config.language.variants, ""),
+            identify=IDENTIFIERS[config.language.engine],
+            min_confidence=config.language.min_confidence,
             name="language",
         ),
         "heuristics": lambda: _heuristics(config.heuristics),
-        "length": lambda: filter.Length(**dataclasses.asdict(config.length), name="length"),
+        "length": lambda: filters.Length(**dataclasses.asdict(config.length), name="length"),
         "machine": lambda: detect.MachineText(
             model=LoadedDetector(config.machine.detector, config.machine.label)
             if config.machine.detector

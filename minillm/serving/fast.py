@@ -1,5 +1,7 @@
 """Decoding as fast as the machine reads weights: packed, fused, one buffer for everything."""
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple, cast
 
@@ -241,6 +243,10 @@ class Prepared:
             )
         self.head = project(model.head, norm=model.norm)
 
+    def session(self, cache: KVCache, real: Bool[Tensor, "B S"]) -> FastSession:
+        """Decoding after `generate.prefill` has filled the cache; `real` as in `generate.Session`."""
+        return FastSession(self, cache, real)
+
 
 class FastSession:
     """A `Session` over prepared weights: the fewest operations per token, into buffers that are taken once (chapter 17)."""
@@ -304,13 +310,8 @@ class FastSession:
         return self.logits
 
 
-def open_session(
-    model: Transformer | Prepared, cache: KVCache, real: Bool[Tensor, "B S"], n_steps: int
-) -> Session | FastSession:
-    """The fastest session that this model allows and that n_steps repay."""
-    if isinstance(model, Prepared):
-        return FastSession(model, cache, real)
+def prepare(model: Transformer, n_steps: int) -> Transformer | Prepared:
+    """The model laid out for decoding, where it can be and n_steps tokens repay it; elsewhere the model itself."""
     small = sum(p.numel() * p.itemsize for p in model.parameters()) <= 2**30
-    if n_steps >= 24 and small and cache.k.device.type == "cpu" and obstacle(model) is None:
-        return FastSession(Prepared(model), cache, real)
-    return Session(model, cache, real)
+    on_cpu = model.embed.weight.device.type == "cpu"
+    return Prepared(model) if n_steps >= 24 and small and on_cpu and obstacle(model) is None else model

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from minillm.corpus import Dice, dice, pick, pick_some
-from minillm.extract import CODECS
 from minillm.world.documents import story_text
 from minillm.world.task import CorpusConfig
 
@@ -79,6 +78,11 @@ _WEB_TRAPS = {
     "wrong": 0.1,
 }
 
+_WRONG_LABELS = (
+    ("utf-8", "utf-8"),
+    ("iso-8859-1", "cp1252"),
+    ("big5", "big5hkscs"),
+)  # and what browsers read under them
 _CHARSETS = {"en": ("utf-8", "cp1252", "utf-16"), "zh": ("utf-8", "gb18030", "big5hkscs", "utf-16")}
 
 
@@ -146,7 +150,7 @@ def write_page(seed: object, *, lang: str | None = None, config: CorpusConfig | 
     if lang == "zh" and charset == "big5hkscs":
         charset = "gb18030"  # the stories are simplified
     shown = (
-        pick(r, tuple(c for c in ("utf-8", "iso-8859-1", "big5") if CODECS.get(c, c) != charset))
+        pick(r, tuple(label for label, codec in _WRONG_LABELS if codec != charset))
         if "wrong" in traps
         else charset
     )
