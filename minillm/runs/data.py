@@ -1,4 +1,5 @@
 """From text to shards of tokens: the corpus of a run, its tokenizer, its loaders."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -24,6 +25,7 @@ HELD_OUT_SHARE = 0.02  # of the documents of real text, by a hash of each
 
 ENCODE_BATCH = 2000
 
+
 def documents(config: RunConfig, split: str) -> Iterator[Document]:
     """The documents that a run trains on (split "train") or measures with ("heldout")."""
     data = config.data
@@ -45,6 +47,7 @@ def documents(config: RunConfig, split: str) -> Iterator[Document]:
         elif split == "train":
             yield document
 
+
 def passages(text: str, characters: int) -> Iterator[str]:
     """A text in passages of about so many characters, cut at the ends of lines where it can be; a whole book is one document."""
     while len(text) > characters:
@@ -54,6 +57,7 @@ def passages(text: str, characters: int) -> Iterator[str]:
         text = text[cut:]
     if text:
         yield text
+
 
 def _corpus(run: _Run) -> str:
     """Look through the data once: it must be readable and hold enough; count what there is."""
@@ -81,12 +85,14 @@ def _corpus(run: _Run) -> str:
     mix = ", ".join(f"{lang} {100 * n / languages.total():.0f} %" for lang, n in languages.most_common(4))
     return f"{counts['train']['documents']:,} documents, {counts['train']['characters'] / 1e6:.1f}M characters ({mix})"
 
+
 def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
     for text in texts:
         yield text
         characters -= len(text)
         if characters <= 0:
             return
+
 
 def _tokenizer(run: _Run) -> str:
     settings = run.config.tokenizer
@@ -97,6 +103,7 @@ def _tokenizer(run: _Run) -> str:
         tokenizer = train_sentencepiece(texts, settings.vocab_size)
     tokenizer.save(run.folder / "tokenizer.json")
     return f"{tokenizer.vocab_size:,} tokens ({settings.kind})"
+
 
 def _shards(run: _Run) -> str:
     tokenizer = load_tokenizer(run.folder / "tokenizer.json")
@@ -134,8 +141,10 @@ def _shards(run: _Run) -> str:
     ratio = tokens / run.done["counts"]["train"]["characters"]
     return f"{tokens / 1e6:.2f}M training tokens, {ratio:.2f} per character"
 
+
 def _shards_of(run: _Run, split: str) -> TokenShards:
     return TokenShards(run.folder / "shards" / split)
+
 
 def _verify_shards(run: _Run) -> None:
     """Read every token file once: a flipped bit would be trained on, and nobody would ever know."""
@@ -147,6 +156,7 @@ def _verify_shards(run: _Run) -> None:
                 f"{error}. Remove {run.folder / 'shards'}: the same command writes it again, and goes on"
             ) from error
 
+
 def _loader(run: _Run, config: RunConfig) -> Loader:
     return Loader(
         _shards_of(run, "train"),
@@ -156,6 +166,7 @@ def _loader(run: _Run, config: RunConfig) -> Loader:
         rank=run.world.rank,
         world_size=run.world.world_size,
     )
+
 
 def _held_out(run: _Run, config: RunConfig) -> Loader:
     return Loader(

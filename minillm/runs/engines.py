@@ -1,4 +1,5 @@
 """One setting that picks the engine: plain, ZeRO from nothing, FSDP2, DeepSpeed."""
+
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +13,7 @@ from minillm.vendors.fsdp import FSDP2
 from minillm.zero import DataParallel, Zero1, Zero2, Zero3
 
 EngineName = Literal["plain", "zero", "deepspeed", "fsdp2"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -45,6 +47,7 @@ class EngineConfig:
             raise ValueError(
                 f"fsdp2 is ZeRO stage 2 or 3, got zero_stage={self.zero_stage}: use engine zero or deepspeed for others"
             )
+
 
 def make_engine(model: nn.Module, config: TrainConfig, settings: EngineConfig) -> Engine:
     """The engine that `settings` name, for the processes that are there.

@@ -1,4 +1,5 @@
 """What a trained model is asked: sums, facts, stories, and prompts to go on from."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -8,11 +9,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from minillm.serving.fast import prepare
 from minillm.generate import Sampler, generate_text
 from minillm.runs.data import documents
 from minillm.runs.folder import _Run
 from minillm.runs.recipes import RunConfig
+from minillm.serving.fast import prepare
 from minillm.tokenizer import Tokenizer
 from minillm.transformer import Transformer
 from minillm.world.documents import questions
@@ -28,6 +29,7 @@ class Exam:
     split: str
     label: str = ""
     opening: str = ""
+
 
 # A sum may be written with or without a scratchpad; the bracket asks for one. And it keeps the tokens whole: "=[" is one.
 EXAMS = (
@@ -54,6 +56,7 @@ EXAMS = (
         opening="[",
     ),
 )
+
 
 def score(
     model: Transformer, tokenizer: Tokenizer, config: RunConfig, *, progress: bool = False
@@ -86,6 +89,7 @@ def score(
         )
     return records
 
+
 def answer(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str], *, batch_size: int = 25
 ) -> list[str]:
@@ -99,6 +103,7 @@ def answer(
         for i, text in zip(chosen, generate_text(fast, tokenizer, rows, max_new_tokens=40, stop=["\n"])):
             answers[i] = text
     return answers
+
 
 def sample(
     model: Transformer,
@@ -117,11 +122,13 @@ def sample(
         samples.append((what, prompt, str(text)))
     return samples
 
+
 OWN_PROMPTS = (
     ("A story in English", "One day, Lily"),
     ("A story in Chinese", "有一天，小"),
     ("A sum", "347+586=["),
 )
+
 
 def _prompts(run: _Run) -> list[tuple[str, str]]:
     """Openings to continue: our own for the own corpus, the beginnings of held-out documents for other text."""

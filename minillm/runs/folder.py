@@ -1,4 +1,5 @@
 """The folder of a run and its stages: what is there is not done twice."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
+
 @dataclasses.dataclass
 class Stage:
     """What one stage did, in one line, and how long it took."""
@@ -29,8 +31,10 @@ class Stage:
     what: str = ""
     seconds: float = 0.0
 
+
 def _quiet(line: str) -> None:
     log.info(line)
+
 
 class _Run:
     """A run folder: its config, the stages that are done, and what they said. Of several processes the first one writes."""
@@ -99,16 +103,19 @@ class _Run:
             self.say(f"[{number}/5] {name:9} {what} ({stage.seconds:.1f} s)")
         self.stages.append(stage)
 
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise MiniLLMError(f"{path}: damaged ({error}); begin anew with --restart") from error
 
+
 def _binding(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what may change when its run goes on."""
     kept = {name: value for name, value in config.get("train", {}).items() if name not in FREE_SETTINGS}
     return {**config, "train": kept}
+
 
 def _empty(folder: Path) -> None:
     """Throw away what a run's folder holds. Killed in the middle it leaves a folder in which nothing counts as done.

@@ -1,4 +1,5 @@
 """The keeper of a training run: metrics, checkpoints, resume, bad steps, signals."""
+
 import contextlib
 import json
 import logging
@@ -37,6 +38,7 @@ from minillm.transformer import Transformer, flops_per_token
 
 log = logging.getLogger(__name__)
 
+
 def should_compile(model: Transformer, config: TrainConfig) -> bool:
     """Whether compiling pays. "auto": runs of more than about 30 minutes on a CPU or 3 on a GPU, where a compiler is.
 
@@ -57,6 +59,7 @@ def should_compile(model: Transformer, config: TrainConfig) -> bool:
     )
     return seconds > (1800 if device == "cpu" else 180)
 
+
 @contextlib.contextmanager
 def compiled(model: Transformer, on: bool) -> Iterator[None]:
     """Inside, `model.hidden` is its compiled version, if `on`."""
@@ -68,6 +71,7 @@ def compiled(model: Transformer, on: bool) -> Iterator[None]:
         if on:
             del model.hidden  # the method of the class shows again
 
+
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """What a finished run says of itself. `metrics` are the lines of metrics.jsonl."""
@@ -77,6 +81,7 @@ class TrainResult:
     loss_nats: float
     seconds: float
     metrics: list[dict[str, Any]]
+
 
 class Run:
     """One run of `train`: what it works on, how far it is, and where it writes."""
@@ -140,12 +145,14 @@ class Run:
         both = {"config": asdict(self.config), "model": asdict(self.model.config)}
         return json.loads(json.dumps(both))
 
+
 COUNTERS = ("step", "tokens", "seconds", "interval", "compiled", "skipped", "skips_in_a_row", "recent")
 
 FREE_SETTINGS = {  # they may change when a run goes on
     *("log_every", "eval_every", "save_every", "keep", "accumulation", "compile"),
     *("bad_step", "spike", "max_skips"),
 }
+
 
 def check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
     """Refuse to continue a run with settings that would have made another run.
@@ -165,6 +172,7 @@ def check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: 
                 raise ValueError(
                     f"{path} was trained with {group} {name}={before}, now {name}={value}; use another run_dir"
                 )
+
 
 def save_run(run: Run) -> Path | None:
     """Write a checkpoint of this moment, once: weights, optimizer, loader, random state, counters."""
@@ -193,6 +201,7 @@ def save_run(run: Run) -> Path | None:
     run.saved_at = run.step
     return path
 
+
 def find_checkpoint(run: Run) -> Path | None:
     """The newest undamaged checkpoint, None if there is none yet. All processes take the one that the first has found.
 
@@ -210,6 +219,7 @@ def find_checkpoint(run: Run) -> Path | None:
             f"{run.checkpoints}: all checkpoints are damaged ({', '.join(damaged)}); to begin anew, move them away"
         )
     return None
+
 
 def resume_run(run: Run) -> None:
     """Go to the newest undamaged checkpoint, as if the process had never stopped; without one, seed and begin."""
@@ -240,6 +250,7 @@ def resume_run(run: Run) -> None:
     run.metrics.truncate(run.step)
     log.info("resumed from %s", path)
 
+
 def check_disk(run: Run) -> None:
     """Refuse a run whose checkpoints will not fit: now, and not when the first is written. One more is there while it is written.
 
@@ -255,6 +266,7 @@ def check_disk(run: Run) -> None:
     more = number * one - folder_bytes(run.checkpoints)
     need_disk(run.checkpoints, more, f"{number} checkpoints of {one / 1e9:.2f} GB")
 
+
 @contextlib.contextmanager
 def hold_folder(run: Run) -> Iterator[None]:
     """Keep the run's folder to this process, and clean up after one that was killed in it."""
@@ -268,6 +280,7 @@ def hold_folder(run: Run) -> Iterator[None]:
         with tempfile.TemporaryFile(dir=run.checkpoints):
             check_disk(run)  # it can be written, and there is room
         yield
+
 
 def record_batch(run: Run, batch: Any, facts: Mapping[str, Any]) -> Path | None:
     """Write the batch of a bad step to `bad-steps/` in the run's folder, each process its own share; None without a folder.
@@ -290,10 +303,12 @@ def record_batch(run: Run, batch: Any, facts: Mapping[str, Any]) -> Path | None:
         return None
     return path
 
+
 def load_batch(path: str | Path) -> tuple[Batch, dict[str, Any]]:
     """A batch that `record_batch` wrote, and the facts beside it: step, loss_nats, grad_norm, lr, reason."""
     kept = load_metadata(path)
     return Batch(**load_tensors(path), **json.loads(kept["batch"])), json.loads(kept["facts"])
+
 
 def bad_step(run: Run, batch: Any, info: dict[str, Any], reason: str) -> None:
     """Record the batch of a step that was not made; then stop or count it, as the config says.
@@ -313,6 +328,7 @@ def bad_step(run: Run, batch: Any, info: dict[str, Any], reason: str) -> None:
         f"{said}{row}; the parameters are those of step {run.step}. Lower max_lr ({config.max_lr}), lengthen warmup_steps, look at "
         "the batch, or resume with bad_step='skip'"
     )
+
 
 def train_step(run: Run, loss_fn: Callable[..., Tensor] = batch_loss) -> dict[str, Any]:
     """One optimizer step; returns its loss, learning rate, gradient norm, and how many steps have been skipped so far.
@@ -351,9 +367,11 @@ def train_step(run: Run, loss_fn: Callable[..., Tensor] = batch_loss) -> dict[st
     run.count(loss_nats, n_targets, time.perf_counter() - start)
     return {**info, "skipped": run.skipped}
 
+
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens now; 0 is never."""
     return every > 0 and step % every == 0
+
 
 def evaluate_and_log(
     run: Run, info: dict[str, Any], eval_fn: Callable[[Transformer], Mapping[str, float]] | None
@@ -369,6 +387,7 @@ def evaluate_and_log(
         run.model.train()
     run.metrics.write(line)
     return line
+
 
 def run_loop(
     run: Run,
@@ -401,6 +420,7 @@ def run_loop(
             if run.engine.total(float(len(caught))) and not last:  # all processes stop, or none
                 first = next(name for names in run.engine.gather_objects(caught) for name in names)
                 raise Interrupted(run.step, save_run(run), first)
+
 
 def train(
     model: Transformer,

@@ -1,4 +1,5 @@
 """Metrics as lines of JSON, cut back to where a run resumes."""
+
 import contextlib
 import json
 import os

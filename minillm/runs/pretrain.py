@@ -1,4 +1,5 @@
 """Pretraining as a run: how many steps fit, the model, the loop, its result."""
+
 from __future__ import annotations
 
 import contextlib
@@ -37,6 +38,7 @@ def _estimate(model: Transformer, config: RunConfig, run: _Run) -> float:
     speed = statistics.median(line["tokens_per_s"] for line in metrics[2:]) if run.leads else 0.0
     return config.train.batch_size * config.train.seq_len / engine.total(speed)
 
+
 def _steps_that_fit(config: RunConfig, step_seconds: float) -> int:
     """All steps of the recipe, or as many as a slower machine can make in `config.minutes`, in whole hundreds."""
     if not config.minutes:
@@ -44,12 +46,14 @@ def _steps_that_fit(config: RunConfig, step_seconds: float) -> int:
     fit = int(60 * config.minutes / step_seconds)
     return min(config.train.steps, max(100, fit - fit % 100))
 
+
 def _fresh_model(run: _Run, config: RunConfig, device: torch.device) -> Transformer:
     """The model as training begins with it."""
     seed_everything(config.train.seed)
     # Little text may hold fewer tokens than were asked for.
     vocab_size = load_tokenizer(run.folder / "tokenizer.json").vocab_size
     return Transformer(dataclasses.replace(config.model, vocab_size=vocab_size)).to(device)
+
 
 def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
     config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, dtype=dtype))
@@ -114,10 +118,12 @@ def _pretrain(run: _Run, device: torch.device, dtype: str) -> str:
     }
     return f"held-out loss {held:.3f} nats a token, {run.done['training']['tokens_per_s']:,.0f} tokens/s"
 
+
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
 
 def pretrain(
     config: RunConfig,
@@ -179,12 +185,14 @@ def pretrain(
         run.stage(4, "pretrain", lambda: _pretrain(run, device, dtype), "model")
     return run
 
+
 def _need_checkpoints(run: _Run) -> None:
     """Refuse a run whose checkpoints will not fit on the disk: before its first stage, not in its fourth."""
     if "pretrain" in run.done or (run.folder / "checkpoints").exists():
         return  # `train` counts what is there
     one, number = 12 * count_parameters(run.config.model).total, run.config.train.keep + 1
     need_disk(run.folder, number * one, f"{number} checkpoints of {one / 1e9:.2f} GB")
+
 
 def _fast_dtype(device: torch.device) -> str:
     return "bfloat16" if fast_bfloat16(device) else "float32"

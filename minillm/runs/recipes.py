@@ -1,4 +1,5 @@
 """One function per run, returning its whole configuration. A variant is `dataclasses.replace`; there are no files to edit."""
+
 from __future__ import annotations
 
 import math
@@ -34,6 +35,7 @@ class DataConfig:
                 f"documents and held_out must be at least 1, got {self.documents} and {self.held_out}"
             )
 
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """The vocabulary of a run."""
@@ -44,6 +46,7 @@ class TokenizerConfig:
     """Ours from chapter 07, or SentencePiece's BPE."""
     train_characters: int = 2_000_000
     """How much text of the beginning of the data the vocabulary is learned from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -71,6 +74,7 @@ class RunConfig:
                 f"train.seq_len is {self.train.seq_len}, more than model.max_seq_len {self.model.max_seq_len}"
             )
 
+
 def _llama(
     dim: int, n_layers: int, n_heads: int, n_kv_heads: int, vocab_size: int, seq_len: int, **more
 ) -> ModelConfig:
@@ -84,6 +88,7 @@ def _llama(
         max_seq_len=seq_len,
         **more,
     )
+
 
 def tiny() -> RunConfig:
     """About 2M parameters on the own corpus: ten minutes on two CPU cores, everything included.
@@ -109,6 +114,7 @@ def tiny() -> RunConfig:
         minutes=9.0,
     )
 
+
 def small() -> RunConfig:
     """About 27M parameters on the own corpus or on files of your own: minutes on a GPU, a night on a laptop."""
     return RunConfig(
@@ -118,6 +124,7 @@ def small() -> RunConfig:
         model=_llama(512, 8, 8, 4, 8192, 512, tied=True),
         train=TrainConfig(steps=20_000, batch_size=32, seq_len=512, max_lr=1e-3),
     )
+
 
 # Chinchilla's 20 tokens a parameter (arXiv:2203.15556) set the steps of the large recipes.
 def _large(name: str, model: ModelConfig, *, batch_size: int, max_lr: float, tokens: float) -> RunConfig:
@@ -136,11 +143,13 @@ def _large(name: str, model: ModelConfig, *, batch_size: int, max_lr: float, tok
         ),
     )
 
+
 def m125() -> RunConfig:
     """About 110M parameters, 2.5B tokens: an evening on one GPU. Give it text with `--data`."""
     return _large(
         "m125", _llama(768, 12, 12, 12, 32_000, 2048, tied=True), batch_size=128, max_lr=6e-4, tokens=2.5e9
     )
+
 
 def m350() -> RunConfig:
     """About 340M parameters, 7B tokens. Give it text with `--data`."""
@@ -148,15 +157,19 @@ def m350() -> RunConfig:
         "m350", _llama(1024, 24, 16, 16, 32_000, 2048, tied=True), batch_size=256, max_lr=4e-4, tokens=7e9
     )
 
+
 def b1() -> RunConfig:
     """About 1.4B parameters, 26B tokens. Give it text with `--data`."""
     return _large("b1", _llama(2048, 24, 16, 16, 32_000, 2048), batch_size=512, max_lr=3e-4, tokens=26e9)
+
 
 def b7() -> RunConfig:
     """LLaMA-2-7B's shape, 140B tokens. Give it text with `--data`."""
     return _large("b7", _llama(4096, 32, 32, 32, 32_000, 4096), batch_size=1024, max_lr=3e-4, tokens=140e9)
 
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {f.__name__: f for f in (tiny, small, m125, m350, b1, b7)}
+
 
 def recipe(name: str) -> RunConfig:
     """The configuration of a recipe by name.

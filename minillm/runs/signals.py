@@ -1,4 +1,5 @@
 """Ctrl-C and SIGTERM: a run that is told to stop saves first."""
+
 import contextlib
 import logging
 import signal
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
+
 
 class Interrupted(Exception):
     """Training was asked to stop (Ctrl-C, SIGTERM, SIGHUP); it finished its step and saved. `train` again resumes."""
@@ -19,6 +21,7 @@ class Interrupted(Exception):
             else "nothing saved: no run_dir was given"
         )
         super().__init__(f"{signal_name} after step {step}: {where}")
+
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[str]]:

@@ -1,4 +1,5 @@
 """From raw text to a model that talks: corpus, tokenizer, shards, pretraining, scores, report. Each stage is kept and not done twice."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +16,6 @@ from minillm.base.files import atomic_write, run_lock
 from minillm.base.machine import describe_machine, peak_memory_bytes
 from minillm.base.processes import World
 from minillm.generate import Sampler
-from minillm.serving.fast import prepare
 from minillm.generate import generate as generate_tokens
 from minillm.hub.folder import load_run
 from minillm.runs.engines import EngineConfig
@@ -23,6 +23,7 @@ from minillm.runs.exams import _prompts, sample, score
 from minillm.runs.folder import Say, _quiet, _Run
 from minillm.runs.pretrain import pretrain
 from minillm.runs.recipes import RunConfig
+from minillm.serving.fast import prepare
 from minillm.show.run import read_metrics, write_report
 
 
@@ -46,6 +47,7 @@ def _finish(run: _Run, device: torch.device) -> str:
             {"training": run.done["training"], **run.done["results"]}, file, indent=1, ensure_ascii=False
         )
     return f"{len(scores)} exams, {len(samples)} samples" if scores else f"{len(samples)} samples"
+
 
 def _report(run: _Run, device: torch.device) -> Path:
     training, results = run.done["training"], run.done["results"]
@@ -75,6 +77,7 @@ def _report(run: _Run, device: torch.device) -> Path:
         machine=describe_machine(device),
     )
     return path
+
 
 def speedrun(
     config: RunConfig,
