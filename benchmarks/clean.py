@@ -30,7 +30,7 @@ from minillm.pipeline.steps import clean_recipe, default_steps
 from minillm.readers.documents import write_documents
 from minillm.show.cleaning import truth_table
 from minillm.world.defects import benchmark_item
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 from minillm.world.truth import with_repetitions
 
@@ -41,7 +41,7 @@ SIZES = (1_000, 10_000, 100_000)
 def make(folder: Path, n: int) -> dict[str, Any]:
     """The corpus with 30 % of defects, and its benchmark; apart too, for the peak of a parent is the peak of its children."""
     config = CorpusConfig(defects=0.3)
-    write_documents(with_repetitions(generate(config, n_documents=n)), folder / f"{n}.jsonl")
+    write_documents(with_repetitions(documents(config, n_documents=n)), folder / f"{n}.jsonl")
     write_documents((benchmark_item(config, item) for item in range(100)), folder / "benchmark.jsonl")
     return {}
 

@@ -24,7 +24,7 @@ from minillm.tokenizer import BPETokenizer, train_bpe
 from minillm.train import TrainConfig
 from minillm.transformer import ModelConfig, Transformer
 from minillm.world.defects import COPIES, benchmark_item, canary
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "dedup-contamination.json"
@@ -49,7 +49,7 @@ def corpora() -> dict[str, list[str]]:
         for i in range(CANARIES)
         for _ in range(copies)
     ]
-    clean = generate(CORPUS)
+    clean = documents(CORPUS)
     leaky = [next(clean) for _ in range(DOCUMENTS - len(planted))] + planted
     step = Decontaminate(benchmark_item(CORPUS, number) for number in range(2 * ITEMS * len(COPIES)))
     cleaned = [document for document in leaky if not isinstance(step(document), Drop)]

@@ -30,7 +30,7 @@ from minillm.base.files import atomic_write
 from minillm.base.machine import describe_machine, peak_memory_bytes
 from minillm.corpus import dice, jaccard, pick, pick_some
 from minillm.dedup import NearDuplicates, find_near_duplicates, fold_text, sorted_set
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "dedup-speed.json"
@@ -44,7 +44,7 @@ def make_texts(n: int) -> tuple[list[str], dict[int, tuple[int, float]]]:
     config = CorpusConfig(seed=5, stories=1.0, facts=0.0, arithmetic=0.0)
     texts: list[str] = []
     planted: dict[int, tuple[int, float]] = {}
-    for number, document in enumerate(generate(config, n_documents=n)):
+    for number, document in enumerate(documents(config, n_documents=n)):
         r = dice("near", number)
         text = document.text
         if number > 100 and number % 5 == 0:

@@ -66,11 +66,11 @@ def imports(rounds: int) -> dict[str, Any]:
 def tokenizer(n_bytes: int, rounds: int) -> dict[str, Any]:
     """Training to 4,096 tokens and encoding of the package's own corpus."""
     from benchmarks.tokenizer import speed, take
-    from minillm.world.stream import generate
+    from minillm.world.stream import documents
     from minillm.world.task import CorpusConfig
 
     texts = take(
-        [d.text for d in generate(CorpusConfig(seed=0), n_documents=max(100, n_bytes // 200))], n_bytes
+        [d.text for d in documents(CorpusConfig(seed=0), n_documents=max(100, n_bytes // 200))], n_bytes
     )
     return speed(texts, 4096, rounds=rounds)
 

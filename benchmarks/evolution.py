@@ -33,7 +33,7 @@ from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import train_bpe
 from minillm.train import TrainConfig, batch_loss, head_weight, linear_cross_entropy
 from minillm.transformer import ModelConfig, Transformer, count_parameters, kv_cache_bytes
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "evolution.json"
@@ -60,7 +60,7 @@ OLD_AND_NEW = {  # what the base (LLaMA's block) is changed into; the mask is no
 def make_text(folder: Path) -> tuple[TokenShards, Tensor]:
     """Shards to train on, and the held-out text as rows of LONG + 1 tokens."""
     texts = {
-        split: [d.text for d in generate(CorpusConfig(), n_documents=n, split=split)]
+        split: [d.text for d in documents(CorpusConfig(), n_documents=n, split=split)]
         for split, n in (("train", 8_000), ("heldout", 1_200))
     }
     tokenizer = train_bpe(texts["train"][:1000], VOCAB)

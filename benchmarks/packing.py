@@ -17,7 +17,7 @@ from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import train_bpe
 from minillm.train import TrainConfig, evaluate_loss
 from minillm.transformer import ModelConfig, Transformer
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "packing.json"
@@ -30,13 +30,13 @@ VOCAB = 512
 def make_shards(folder: Path) -> dict[str, TokenShards]:
     """Training and held-out documents of the own corpus, as tokens."""
     texts = {
-        split: [d.text for d in generate(CorpusConfig(), n_documents=n, split=split)]
+        split: [d.text for d in documents(CorpusConfig(), n_documents=n, split=split)]
         for split, n in (("train", 12_000), ("heldout", 300))
     }
     tokenizer = train_bpe(texts["train"][:1000], VOCAB)
-    for split, documents in texts.items():
+    for split, split_texts in texts.items():
         write_shards(
-            tokenizer.encode_batch(documents), folder / split, vocab_size=VOCAB, eos_id=tokenizer.eos_id
+            tokenizer.encode_batch(split_texts), folder / split, vocab_size=VOCAB, eos_id=tokenizer.eos_id
         )
     return {split: TokenShards(folder / split) for split in texts}
 

@@ -19,7 +19,7 @@ from minillm.base.files import atomic_write
 from minillm.base.machine import describe_machine
 from minillm.corpus import Document
 from minillm.vendors import presidio
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parents[1] / "data" / "results" / "quality.json"
@@ -50,18 +50,18 @@ def steps() -> dict[str, extract.Step]:
 
 
 def speed() -> list[dict]:
-    corpus = list(generate(CorpusConfig(seed=31, defects=0.3), n_documents=DOCUMENTS))
+    corpus = list(documents(CorpusConfig(seed=31, defects=0.3), n_documents=DOCUMENTS))
     pages = [document for document in corpus if document.meta.get("defect") == "html"]
     samples: dict[str, list[float]] = defaultdict(list)
     for round_ in range(ROUNDS + 1):  # the first loads models and is not counted
         for name, step in steps().items():
-            documents = pages if name.startswith("extract") else corpus
-            documents = documents[:200] if "(" in name else documents
+            chosen = pages if name.startswith("extract") else corpus
+            chosen = chosen[:200] if "(" in name else chosen
             start = time.process_time()
-            for document in documents:
+            for document in chosen:
                 step(document)
             if round_:
-                samples[name].append(round(len(documents) / (time.process_time() - start), 1))
+                samples[name].append(round(len(chosen) / (time.process_time() - start), 1))
     return [{"step": name, "documents_per_s": values} for name, values in samples.items()]
 
 

@@ -28,7 +28,7 @@ from minillm.tokenizer import Tokenizer, train_bpe
 from minillm.train import TrainConfig, evaluate_loss
 from minillm.transformer import ModelConfig, Transformer
 from minillm.world.defects import benchmark_item
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "quality_over_volume.json"
@@ -43,14 +43,14 @@ EVAL_EVERY = 100
 def make_texts(folder: Path) -> tuple[dict[str, list[str]], dict[str, dict]]:
     """The texts of each way to train, and what cleaning did."""
     texts, books = {}, {}
-    sound = generate(CorpusConfig(), n_documents=DOCUMENTS)
+    sound = documents(CorpusConfig(), n_documents=DOCUMENTS)
     texts["sound"] = [document.text for document in sound]
     texts["heldout"] = [
-        document.text for document in generate(CorpusConfig(), n_documents=500, split="heldout")
+        document.text for document in documents(CorpusConfig(), n_documents=500, split="heldout")
     ]
     for share in SHARES:
         config, name = CorpusConfig(defects=share), f"{share:g}"
-        write_documents(generate(config, n_documents=DOCUMENTS), folder / f"{name}.jsonl")
+        write_documents(documents(config, n_documents=DOCUMENTS), folder / f"{name}.jsonl")
         write_documents((benchmark_item(config, number) for number in range(200)), folder / "benchmark.jsonl")
         own = clean_recipe("own")
         steps = default_steps(_against(own, str(folder / "benchmark.jsonl")), [str(folder / f"{name}.jsonl")])
@@ -72,9 +72,9 @@ def _against(config, path):
 def make_shards(folder: Path, texts: dict[str, list[str]], tokenizer: Tokenizer) -> dict[str, TokenShards]:
     """All texts as tokens of one tokenizer, so that losses can be compared."""
     shards = {}
-    for name, documents in texts.items():
+    for name, pool in texts.items():
         place = folder / name.replace(" ", "-")
-        write_shards(tokenizer.encode_batch(documents), place, vocab_size=VOCAB, eos_id=tokenizer.eos_id)
+        write_shards(tokenizer.encode_batch(pool), place, vocab_size=VOCAB, eos_id=tokenizer.eos_id)
         shards[name] = TokenShards(place)
     return shards
 

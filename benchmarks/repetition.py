@@ -17,7 +17,7 @@ from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import BPETokenizer, train_bpe
 from minillm.train import TrainConfig, evaluate_loss
 from minillm.transformer import ModelConfig, Transformer
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "dedup-repetition.json"
@@ -51,7 +51,7 @@ def losses(shards: TokenShards, held_out: TokenShards, seed: int) -> dict[str, f
 def main() -> int:
     tune_allocator()
     made = {
-        split: [d.text for d in generate(CorpusConfig(), n_documents=n, split=split)]
+        split: [d.text for d in documents(CorpusConfig(), n_documents=n, split=split)]
         for split, n in (("train", STEPS * ROWS), ("heldout", 400))
     }
     tokenizer = train_bpe(made["train"][:1000], VOCAB)

@@ -29,7 +29,7 @@ from minillm.tokenizer import (
     train_bpe,
     train_sentencepiece,
 )
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parents[1] / "data" / "results" / "tokenizer.json"
@@ -198,7 +198,7 @@ def main() -> None:
             result["compression"].setdefault(name, {})[str(size)] = row
             print(name, size, row, flush=True)
         result["sentencepiece_32768"][name] = rates(train_sentencepiece(texts, SIZES[-1]), tests)
-    own = [document.text for document in generate(CorpusConfig(seed=0), n_documents=50_000)]
+    own = [document.text for document in documents(CorpusConfig(seed=0), n_documents=50_000)]
     # 4,909 Chinese characters are too many for a SentencePiece vocabulary of 4,096.
     for name, texts, vocab_size in (
         ("our corpus", take(own, 10_000_000), 4096),

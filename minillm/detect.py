@@ -37,7 +37,7 @@ from .corpus import HAN, PIECE, UNIT, Dice, Document, dice, pick_some, units
 from .extract import Drop
 from .world.defects import plant_machine
 from .world.documents import story_text
-from .world.stream import generate
+from .world.stream import documents
 from .world.task import CorpusConfig
 
 
@@ -336,7 +336,7 @@ def ocr_noise(text: str, r: Dice, share: float = 0.12) -> str:
 # %% ../chapters/04_detect.ipynb #cc83dce5
 @lru_cache(maxsize=8)
 def _language_model(order: int, seed: int, n_documents: int = 1500) -> NGramLM:
-    return NGramLM(order).fit(d.text for d in generate(CorpusConfig(seed=seed), n_documents=n_documents))
+    return NGramLM(order).fit(d.text for d in documents(CorpusConfig(seed=seed), n_documents=n_documents))
 
 
 # %% ../chapters/04_detect.ipynb #1ef336fe
@@ -395,7 +395,7 @@ def machine_detector() -> MachineDetector:
     Among its human texts is a twin of every machine's text, so that it cannot go by the form of a document. It knows the corpus,
     not the world. For other text train your own on that text, or plug in a `HuggingFaceDetector`.
     """
-    human = [d.text for d in generate(CorpusConfig(seed=103), n_documents=1200) if d.kind != "arithmetic"]
+    human = [d.text for d in documents(CorpusConfig(seed=103), n_documents=1200) if d.kind != "arithmetic"]
     machine = [machine_text(name, seed) for name in MACHINES[:6] for seed in range(120)]
     twins = [human_like(text, "train") for text in machine]
     return train_detector([*human, *twins], machine, _language_model(4, 104, 3000), false_alarms=0.003)

@@ -37,7 +37,7 @@ from .corpus import HAN, Document, dice, pick_some, sentences_of, units
 from .detect import SparseRow, fit_logistic
 from .extract import Drop
 from .world.defects import plant_toxic
-from .world.stream import generate
+from .world.stream import documents
 from .world.task import CorpusConfig
 
 
@@ -378,7 +378,9 @@ def toxicity_classifier() -> ToxicityClassifier:
     `PerspectiveClient`, or `train_toxicity` on sentences that were labelled.
     """
     texts, labels = toxic_examples(400, seed=111)
-    clean = [part for d in generate(CorpusConfig(seed=112), n_documents=300) for part in sentences_of(d.text)]
+    clean = [
+        part for d in documents(CorpusConfig(seed=112), n_documents=300) for part in sentences_of(d.text)
+    ]
     return train_toxicity([*texts, *clean], [*labels, *[0.0] * len(clean)])
 
 

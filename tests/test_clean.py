@@ -22,7 +22,7 @@ from minillm.pipeline.phases import describe, plan
 from minillm.pipeline.run import clean
 from minillm.pipeline.work import clean_documents
 from minillm.readers.documents import read_documents, write_documents
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 TESTS = Path(__file__).parent
@@ -32,7 +32,7 @@ TESTS = Path(__file__).parent
 def raw(tmp_path_factory):
     """1,500 documents of the own corpus, many of them with a planted defect."""
     path = tmp_path_factory.mktemp("raw") / "raw.jsonl"
-    write_documents(generate(CorpusConfig(defects=0.4), n_documents=1500), path)
+    write_documents(documents(CorpusConfig(defects=0.4), n_documents=1500), path)
     return path
 
 
@@ -322,10 +322,10 @@ def test_settings_are_told_apart():
 def shards(tmp_path_factory):
     """Seven files of uneven size, with duplicates across them, one damaged in the middle, one with a bad line."""
     folder = tmp_path_factory.mktemp("shards")
-    documents = list(generate(CorpusConfig(defects=0.4), n_documents=700))
+    written = list(documents(CorpusConfig(defects=0.4), n_documents=700))
     begin = 0
     for number, size in enumerate((40, 200, 3, 120, 137, 150, 50)):
-        write_documents(documents[begin : begin + size], folder / f"{number}.jsonl.gz")
+        write_documents(written[begin : begin + size], folder / f"{number}.jsonl.gz")
         begin += size
     whole = (folder / "4.jsonl.gz").read_bytes()
     (folder / "4.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -592,7 +592,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
         "--quiet",
     )
     words = (*words, "--chunk-documents", 50, "--workers", 2)
-    write_documents(generate(CorpusConfig(defects=0.3), n_documents=2500), tmp_path / "raw.jsonl")
+    write_documents(documents(CorpusConfig(defects=0.3), n_documents=2500), tmp_path / "raw.jsonl")
     process = minillm(*words, cwd=tmp_path, start=True)
     while process.poll() is None and len(list((tmp_path / "clean" / "work").glob("*/*.account.json"))) < 5:
         time.sleep(0.01)

@@ -27,10 +27,10 @@ from minillm.readers.documents import read_documents, write_documents
 from minillm.readers.files import ReadStats
 from minillm.readers.lines import bounded_lines
 from minillm.world import defects, lexicon, reading, reasoning
-from minillm.world.documents import WRITERS, questions, write_document
+from minillm.world.documents import WRITERS, extract_answer, questions, write_document
 from minillm.world.reading import score_story
 from minillm.world.stories import PLOTS, plan_story, tell
-from minillm.world.stream import document, generate
+from minillm.world.stream import document, documents
 from minillm.world.task import PARTS, CorpusConfig, Task
 
 
@@ -107,15 +107,15 @@ def test_check_names_the_broken_law(exercise, wrong, law):
 # ------------------------------------------------------------------ determinism and splits
 
 
-def fingerprint(documents):
-    return hashlib.sha256("\0".join(d.text + json.dumps(d.meta) for d in documents).encode()).hexdigest()
+def fingerprint(stream):
+    return hashlib.sha256("\0".join(d.text + json.dumps(d.meta) for d in stream).encode()).hexdigest()
 
 
 def test_the_same_configuration_gives_the_same_documents_in_any_process():
     code = (
-        "import hashlib, json; from minillm.corpus import *; "
+        "import hashlib, json; from minillm.world.stream import documents; from minillm.world.task import PARTS, CorpusConfig; "
         "c = CorpusConfig(**dict.fromkeys(PARTS, 1.0), defects=0.3); "
-        "print(hashlib.sha256('\\0'.join(d.text + json.dumps(d.meta) for d in generate(c, n_documents=200)).encode()).hexdigest())"
+        "print(hashlib.sha256('\\0'.join(d.text + json.dumps(d.meta) for d in documents(c, n_documents=200)).encode()).hexdigest())"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -124,19 +124,19 @@ def test_the_same_configuration_gives_the_same_documents_in_any_process():
         check=True,
         env={"PYTHONHASHSEED": "77", "PATH": ""},
     )
-    assert out.stdout.strip() == fingerprint(generate(replace(EVERYTHING, defects=0.3), n_documents=200))
+    assert out.stdout.strip() == fingerprint(documents(replace(EVERYTHING, defects=0.3), n_documents=200))
 
 
 def test_a_document_depends_on_its_number_alone():
     config = replace(EVERYTHING, defects=0.3)
-    stream = list(generate(config, n_documents=60))
+    stream = list(documents(config, n_documents=60))
     assert [document(config, i) for i in reversed(range(60))] == stream[::-1]
-    assert list(generate(config, n_documents=10, start=25)) == stream[25:35]
-    assert list(itertools.islice(generate(config), 60)) == stream
+    assert list(documents(config, n_documents=10, start=25)) == stream[25:35]
+    assert list(itertools.islice(documents(config), 60)) == stream
 
 
 def test_another_seed_gives_other_documents_and_people():
-    one, two = (fingerprint(generate(CorpusConfig(seed=s), n_documents=20)) for s in (0, 1))
+    one, two = (fingerprint(documents(CorpusConfig(seed=s), n_documents=20)) for s in (0, 1))
     assert one != two
     assert people.invent_people(0, 40)[0] != people.invent_people(1, 40)[0]
 
@@ -209,9 +209,9 @@ def meaning_of(d):
 def test_no_meaning_is_on_both_sides_of_the_split(part):
     config = only(part, max_digits=2, max_length=2)
     train = {
-        m for d in generate(config, n_documents=1500) if d.meta["task"] != "biography" for m in meaning_of(d)
+        m for d in documents(config, n_documents=1500) if d.meta["task"] != "biography" for m in meaning_of(d)
     }
-    held = {m for d in generate(config, n_documents=300, split="heldout") for m in meaning_of(d)}
+    held = {m for d in documents(config, n_documents=300, split="heldout") for m in meaning_of(d)}
     assert train
     assert held
     assert not train & held
@@ -222,7 +222,7 @@ def test_dialogue_and_preferences_ask_nothing_that_is_held_out():
         p.called(lang) for p in people.invent_people(0, 40) if not p.questioned for lang in ("en", "zh")
     }
     for part in ("dialogue", "preference"):
-        for d in generate(only(part), n_documents=800):
+        for d in documents(only(part), n_documents=800):
             assert not any(name in d.text for name in silent)
             for a, b in re.findall(r"(\d+)\+(\d+)(?:\?|等于)", d.text):
                 assert split_of("+", *sorted((int(a), int(b)))) == "train"
@@ -243,7 +243,7 @@ def test_a_story_can_be_read_back_to_its_plan(seed, lang):
 
 def test_every_plot_is_told_and_there_are_enough_of_them():
     assert len(PLOTS) >= 12
-    assert {d.meta["plan"]["plot"] for d in generate(only("stories"), n_documents=600)} == set(PLOTS)
+    assert {d.meta["plan"]["plot"] for d in documents(only("stories"), n_documents=600)} == set(PLOTS)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_score_story_counts_what_it_cannot_read():
 
 def test_chinese_counts_with_measure_words():
     assert lexicon.count_phrase(2, "book", "zh") == "两本书"
-    text = "".join(d.text for d in generate(only("stories", chinese=1.0), n_documents=400))
+    text = "".join(d.text for d in documents(only("stories", chinese=1.0), n_documents=400))
     nouns = {noun.zh: noun.measure for noun in lexicon.ITEMS.values()}
     pattern = re.compile("(一|两|三|四|五|六|七|八|九|十)(.)(" + "|".join(nouns) + ")")
     found = pattern.findall(text)
@@ -326,18 +326,18 @@ def test_people_have_different_names_and_balanced_groups():
 
 def test_facts_are_told_in_the_right_languages_and_asked_of_the_right_people():
     people = people.invent_people(0, 40)
-    for d in generate(only("facts"), n_documents=800):
+    for d in documents(only("facts"), n_documents=800):
         for index in d.meta["people"]:
             assert d.lang in people[index].langs
             assert people[index].called(d.lang) in d.text
             assert d.meta["task"] == "biography" or people[index].questioned
-    for d in generate(only("facts"), n_documents=200, split="heldout"):
+    for d in documents(only("facts"), n_documents=200, split="heldout"):
         assert not any(people[index].questioned for index in d.meta["people"])
 
 
 def test_a_biography_states_all_facts():
     people = people.invent_people(0, 40)
-    for d in generate(only("facts"), n_documents=200):
+    for d in documents(only("facts"), n_documents=200):
         if d.meta["task"] == "biography":
             person = people[d.meta["people"][0]]
             assert all(person.value(fact, d.lang) in d.text for fact in person.facts)
@@ -547,7 +547,7 @@ def test_a_question_is_a_document_that_stops_before_its_answer(kind):
 
 def test_questions_are_not_in_the_training_stream():
     config = CorpusConfig(max_digits=2)
-    train = "\0".join(d.text for d in generate(config, n_documents=3000))
+    train = "\0".join(d.text for d in documents(config, n_documents=3000))
     for kind in ("stories", "arithmetic.plain"):
         assert not any(
             q.prompt + q.meta["target"] in train
@@ -578,11 +578,11 @@ def test_fewer_questions_come_back_where_there_are_no_more():
     ],
 )
 def test_extract_answer(text, answer):
-    assert documents.extract_answer(text) == answer
+    assert extract_answer(text) == answer
 
 
 def test_turns_are_what_the_text_says():
-    for d in generate(only("dialogue"), n_documents=300):
+    for d in documents(only("dialogue"), n_documents=300):
         lines = d.text.split("\n")
         assert len(lines) == len(d.meta["turns"])
         heads = ("User: ", "Assistant: ") if d.lang == "en" else ("用户：", "助手：")
@@ -592,14 +592,14 @@ def test_turns_are_what_the_text_says():
 
 
 def test_requests_and_their_twins_have_the_right_label():
-    for d in generate(only("dialogue"), n_documents=600):
+    for d in documents(only("dialogue"), n_documents=600):
         if "harmful" in d.meta:
             refused = d.text.split("\n")[1].startswith(("Assistant: I will not", "助手：我不能帮你"))
             assert refused == d.meta["harmful"]
 
 
 def test_preferences():
-    pairs = [d.meta for d in generate(only("preference"), n_documents=2000)]
+    pairs = [d.meta for d in documents(only("preference"), n_documents=2000)]
     assert abs(sum(p["shorter"] for p in pairs) / len(pairs) - 0.5) < 0.04
     assert set(Counter(p["rating"] for p in pairs)) == {0, 1, 2, 3}
     assert {p["axis"] for p in pairs} == {"right", "helpful", "safe"}
@@ -615,7 +615,7 @@ def test_preferences():
 
 
 def test_parallel_documents_say_the_same():
-    for d in generate(only("parallel"), n_documents=100):
+    for d in documents(only("parallel"), n_documents=100):
         one, two = d.text.split("\n")
         first, second = (
             score_story(text, "zh" if re.search("[\u4e00-\u9fff]", text) else "en") for text in (one, two)
@@ -630,7 +630,7 @@ def test_parallel_documents_say_the_same():
 
 def test_the_mixture_is_what_was_asked_for():
     config = CorpusConfig(stories=0.6, facts=0.2, arithmetic=0.2, chinese=0.3)
-    docs = list(generate(config, n_documents=4000))
+    docs = list(documents(config, n_documents=4000))
     shares = Counter(d.kind for d in docs)
     assert abs(shares["stories"] / 4000 - 0.6) < 0.03
     assert abs(shares["facts"] / 4000 - 0.2) < 0.03
@@ -692,20 +692,20 @@ SPOILED = CorpusConfig(defects=0.5)
 
 @pytest.fixture(scope="module")
 def spoiled():
-    return list(generate(SPOILED, n_documents=1260))  # 630 defects: 63 of each kind
+    return list(documents(SPOILED, n_documents=1260))  # 630 defects: 63 of each kind
 
 
-def of_kind(documents, name):
-    return [d for d in documents if d.meta.get("defect") == name]
+def of_kind(stream, name):
+    return [d for d in stream if d.meta.get("defect") == name]
 
 
 def test_the_share_of_defects_is_exact_and_kinds_take_turns(spoiled):
     assert Counter(d.meta.get("defect") for d in spoiled) == {None: 630, **dict.fromkeys(stream.DEFECTS, 63)}
-    assert sum(d.kind == "defect" for d in generate(CorpusConfig(defects=0.07), n_documents=1000)) == 70
+    assert sum(d.kind == "defect" for d in documents(CorpusConfig(defects=0.07), n_documents=1000)) == 70
 
 
 def test_clean_documents_do_not_change_when_defects_are_planted(spoiled):
-    clean = list(generate(replace(SPOILED, defects=0.0), n_documents=1260))
+    clean = list(documents(replace(SPOILED, defects=0.0), n_documents=1260))
     assert all(d == c for d, c in zip(spoiled, clean) if d.kind != "defect")
 
 
@@ -785,7 +785,7 @@ def test_traditional_characters_are_those_of_big5(spoiled):
     for d in of_kind(spoiled, "traditional"):
         d.text.encode("big5")
         assert d.text != d.meta["clean"]
-    everything = "".join(d.text for d in generate(only("stories", chinese=1.0), n_documents=1500))
+    everything = "".join(d.text for d in documents(only("stories", chinese=1.0), n_documents=1500))
     defects.to_traditional(everything).encode("big5")
     assert (
         defects.to_traditional("里奥只有两只小狗，后来他在花园里找到了面包。")
@@ -1140,7 +1140,7 @@ def test_every_python_brings_english_text():
 
 
 def test_written_documents_are_read_back(tmp_path):
-    docs = list(generate(replace(EVERYTHING, defects=0.2), n_documents=150))
+    docs = list(documents(replace(EVERYTHING, defects=0.2), n_documents=150))
     for name in ("x.jsonl", "x.jsonl.gz"):
         assert write_documents(docs, tmp_path / name) == 150
         back = list(read_documents(tmp_path / name, on_error="raise"))

@@ -18,7 +18,7 @@ from minillm.corpus import Document, jaccard, shingles
 from minillm.extract import Drop
 from minillm.world.defects import benchmark_item
 from minillm.world.documents import clean_document
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 SOLUTIONS = {
@@ -40,7 +40,7 @@ CONFIG = CorpusConfig(defects=0.3)
 
 @pytest.fixture(scope="module")
 def corpus():
-    return list(generate(CONFIG, n_documents=3000))
+    return list(documents(CONFIG, n_documents=3000))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,9 @@ def test_equal_runs_have_equal_hashes_and_no_run_crosses_texts(texts, n):
 
 
 def test_hashes_of_many_different_runs_do_not_collide_more_than_chance():
-    texts = [d.text for d in generate(CorpusConfig(stories=1.0, facts=0.0, arithmetic=0.0), n_documents=3000)]
+    texts = [
+        d.text for d in documents(CorpusConfig(stories=1.0, facts=0.0, arithmetic=0.0), n_documents=3000)
+    ]
     runs = {run for text in texts for run in shingles(dedup.fold_text(text))}
     n = len({h for row in hashes_of(texts) for h in row.tolist()})
     assert len(runs) > 30_000
@@ -434,8 +436,8 @@ def test_sketches_do_not_depend_on_batches_processes_or_order(corpus):
     batch = STEP.sketch_batch([d.text for d in documents])
     assert (np.stack([STEP.sketch(d) for d in documents]) == batch).all()
     script = (
-        "import sys, hashlib; from minillm.dedup import *; from minillm.corpus import *;"
-        "d = list(generate(CorpusConfig(defects=0.3), n_documents=150));"
+        "import sys, hashlib; from minillm.dedup import *; from minillm.world.stream import documents; from minillm.world.task import CorpusConfig;"
+        "d = list(documents(CorpusConfig(defects=0.3), n_documents=150));"
         "s = [x for step in (NearDuplicates(), ExactDuplicates(), RepeatedSentences()) for x in map(step.sketch, d)];"
         "print(hashlib.sha256(b''.join(x.tobytes() for x in s)).hexdigest())"
     )

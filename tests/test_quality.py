@@ -19,10 +19,10 @@ from minillm.check import check, laws
 from minillm.corpus import Document, dice
 from minillm.vendors import perspective, presidio
 from minillm.world.defects import TOXIC
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
-DOCUMENTS = list(generate(CorpusConfig(seed=41, defects=0.4), n_documents=800))
+DOCUMENTS = list(documents(CorpusConfig(seed=41, defects=0.4), n_documents=800))
 CLEAN = [d for d in DOCUMENTS if "defect" not in d.meta]
 ANY_TEXT = st.text(st.characters(), max_size=300)  # lone surrogates and NUL included
 
@@ -664,7 +664,7 @@ def test_logistic_regression_equals_scikit_learns():
 
 def test_the_detector_finds_known_machines_and_keeps_its_promise_on_humans():
     detector = detect.machine_detector()
-    human = [d for d in generate(CorpusConfig(seed=42), n_documents=300) if d.kind != "arithmetic"]
+    human = [d for d in documents(CorpusConfig(seed=42), n_documents=300) if d.kind != "arithmetic"]
     scores = [detector(d.text) for d in human]
     assert np.mean([score >= 0.5 for score in scores]) <= 0.03
     for machine in ("salad", "loop", "spam"):
@@ -675,7 +675,7 @@ def test_the_detector_finds_known_machines_and_keeps_its_promise_on_humans():
 
 def test_an_unseen_crude_machine_is_found_beside_its_human_twins_and_a_shuffled_story_hardly():
     lm = detect._language_model(4, 104, 3000)
-    human = [d.text for d in generate(CorpusConfig(seed=43), n_documents=400) if d.kind != "arithmetic"]
+    human = [d.text for d in documents(CorpusConfig(seed=43), n_documents=400) if d.kind != "arithmetic"]
     made = {
         name: [detect.machine_text(name, n) for n in range(60)]
         for name in ("loop", "markov", "ocr", "salad", "shuffle")
@@ -696,7 +696,7 @@ def test_an_unseen_crude_machine_is_found_beside_its_human_twins_and_a_shuffled_
 
 def test_the_detector_does_not_accuse_the_form_of_a_single_paragraph():
     detector = detect.machine_detector()
-    stories = [d.text for d in generate(CorpusConfig(seed=45), n_documents=400) if d.kind == "stories"]
+    stories = [d.text for d in documents(CorpusConfig(seed=45), n_documents=400) if d.kind == "stories"]
     assert np.mean([detector(text.split("\n")[0]) >= 0.5 for text in stories]) < 0.05
 
 

@@ -36,7 +36,7 @@ def _corpus(argv: Sequence[str]) -> int:
     from minillm.corpus import Document
     from minillm.readers.documents import write_documents
     from minillm.world.defects import benchmark_item
-    from minillm.world.stream import generate
+    from minillm.world.stream import documents
     from minillm.world.task import CorpusConfig
     from minillm.world.truth import with_repetitions
 
@@ -52,9 +52,9 @@ def _corpus(argv: Sequence[str]) -> int:
         raise ValueError(f"documents must be at least 1, got {args.documents}")
     last_item = 0
 
-    def documents() -> Any:
+    def written() -> Any:
         nonlocal last_item
-        made = generate(config, n_documents=args.documents, split=args.split)
+        made = documents(config, n_documents=args.documents, split=args.split)
         bar = tqdm(
             made, total=args.documents, unit="doc", disable=args.quiet, leave=False, desc=str(args.out)
         )
@@ -62,7 +62,7 @@ def _corpus(argv: Sequence[str]) -> int:
             last_item = max(last_item, document.meta.get("item", 0))
             yield document
 
-    n = write_documents(documents(), args.out)
+    n = write_documents(written(), args.out)
     print(f"{args.out}: {n:,} documents, {100 * config.defects:.0f} % of them with a planted defect")
     if args.benchmark is not None:
         items: list[Document] = [benchmark_item(config, number) for number in range(last_item + 2)]

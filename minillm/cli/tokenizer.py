@@ -89,11 +89,11 @@ def _tokenizer(argv: Sequence[str]) -> int:
 def _tokenizer_train(args: TokenizerTrain) -> int:
     from minillm.readers.documents import read_documents
     from minillm.tokenizer import compression, train_bpe, train_sentencepiece
-    from minillm.world.stream import generate
+    from minillm.world.stream import documents
     from minillm.world.task import CorpusConfig
 
     texts, characters = [], 0
-    for document in read_documents(list(args.files)) if args.files else generate(CorpusConfig()):
+    for document in read_documents(list(args.files)) if args.files else documents(CorpusConfig()):
         texts.append(document.text)
         characters += len(document.text)
         if characters >= args.max_characters:

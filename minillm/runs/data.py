@@ -19,18 +19,18 @@ from minillm.runs.folder import _Run
 from minillm.runs.recipes import RunConfig
 from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import load_tokenizer, train_bpe, train_sentencepiece
-from minillm.world.stream import generate
+from minillm.world.stream import documents
 
 HELD_OUT_SHARE = 0.02  # of the documents of real text, by a hash of each
 
 ENCODE_BATCH = 2000
 
 
-def documents(config: RunConfig, split: str) -> Iterator[Document]:
+def run_documents(config: RunConfig, split: str) -> Iterator[Document]:
     """The documents that a run trains on (split "train") or measures with ("heldout")."""
     data = config.data
     if not data.sources:
-        yield from generate(
+        yield from documents(
             data.corpus, n_documents=data.documents if split == "train" else data.held_out, split=split
         )
         return
@@ -66,7 +66,7 @@ def _corpus(run: _Run) -> str:
     for split in ("heldout", "train"):
         count = characters = 0
         bar = tqdm(
-            documents(run.config, split),
+            run_documents(run.config, split),
             disable=not run.progress,
             unit="doc",
             desc=f"corpus {split}",
@@ -96,7 +96,7 @@ def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 def _tokenizer(run: _Run) -> str:
     settings = run.config.tokenizer
-    texts = _limited((d.text for d in documents(run.config, "train")), settings.train_characters)
+    texts = _limited((d.text for d in run_documents(run.config, "train")), settings.train_characters)
     if settings.kind == "bpe":
         tokenizer = train_bpe(texts, settings.vocab_size)
     else:
@@ -109,7 +109,7 @@ def _shards(run: _Run) -> str:
     tokenizer = load_tokenizer(run.folder / "tokenizer.json")
     counts = {}
     for split in ("heldout", "train"):
-        texts, n_bytes = (d.text for d in documents(run.config, split)), 0
+        texts, n_bytes = (d.text for d in run_documents(run.config, split)), 0
 
         def encoded(texts: Iterator[str] = texts, split: str = split) -> Iterator[list[int]]:
             nonlocal n_bytes

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from minillm.generate import Sampler, generate_text
-from minillm.runs.data import documents
+from minillm.runs.data import run_documents
 from minillm.runs.folder import _Run
 from minillm.runs.recipes import RunConfig
 from minillm.serving.fast import prepare
@@ -134,5 +134,5 @@ def _prompts(run: _Run) -> list[tuple[str, str]]:
     """Openings to continue: our own for the own corpus, the beginnings of held-out documents for other text."""
     if not run.config.data.sources:
         return list(OWN_PROMPTS)
-    beginnings = (d.text[:40] for d in documents(run.config, "heldout"))
+    beginnings = (d.text[:40] for d in run_documents(run.config, "heldout"))
     return [("The beginning of a held-out document, continued", text) for text in islice(beginnings, 3)]

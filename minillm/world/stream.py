@@ -35,7 +35,7 @@ def document(config: CorpusConfig, index: int, *, split: str = "train") -> Docum
     return clean_document(config, index, split)
 
 
-def generate(
+def documents(
     config: CorpusConfig, *, n_documents: int | None = None, split: str = "train", start: int = 0
 ) -> Iterator[Document]:
     """The documents of a corpus from number `start` on, without end or `n_documents` of them."""
