@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm import corpus
-from minillm.base.errors import CorpusError, MiniLLMError
+from minillm.base.errors import CorpusError, MiniLLMError, MissingPackage
 from minillm.check import check, laws
 from minillm.corpus import Document, Page, dice, jaccard, scratchpad, split_of
 from minillm.readers import named
@@ -1031,9 +1031,9 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     path = write(tmp_path / "x.jsonl.zst", b"x")
-    with pytest.raises(CorpusError, match=re.escape("needs zstandard: run pip install 'minillm[clean]'")):
+    with pytest.raises(MissingPackage, match=re.escape("needs zstandard: run pip install 'minillm[clean]'")):
         list(read_documents(path))
-    with pytest.raises(CorpusError, match=re.escape("needs datasets: run pip install 'minillm[hub]'")):
+    with pytest.raises(MissingPackage, match=re.escape("needs datasets: run pip install 'minillm[hub]'")):
         list(read_documents("hf:owner/name"))
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minillm import corpus, detect, harm
 from minillm import extract as q
-from minillm.base.errors import CorpusError
+from minillm.base.errors import MissingPackage
 from minillm.check import check, laws
 from minillm.corpus import Document, dice
 from minillm.vendors import perspective, presidio
@@ -857,7 +857,9 @@ def test_profanity_check_behind_the_same_interface():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "profanity_check", None)
-    with pytest.raises(CorpusError, match=r"pip install 'minillm\[clean\]'"):
+    with pytest.raises(
+        MissingPackage, match=r"this needs profanity_check: run pip install 'minillm\[clean\]'"
+    ):
         text.profanity_score("x")
 
 

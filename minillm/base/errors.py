@@ -19,6 +19,10 @@ class CorpusError(MiniLLMError):
     """A source of text is missing, damaged or not what it should be; the message names file, line and way out."""
 
 
+class MissingPackage(MiniLLMError):
+    """A part that is used needs a package that is not installed; the message says how to get it."""
+
+
 class RunLocked(MiniLLMError):
     """Another process is writing to the same run folder."""
 

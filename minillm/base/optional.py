@@ -1,15 +1,26 @@
 """Packages that only some parts need: imported where they are used, with an error that says how to get them."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from minillm.base.errors import CorpusError
+from minillm.base.errors import MissingPackage
 
 
-def need(module: str, extra: str) -> Any:
-    """Import an optional package, or say how to get it."""
-    import importlib
+@contextmanager
+def optional(extra: str) -> Iterator[None]:
+    """Around the import of packages that the extra `extra` brings: a missing one is named, with the way to get it.
 
+    The import stays a statement, which a reader finds and tools see:
+
+        with optional("clean"):
+            import trafilatura
+
+    Raises:
+        MissingPackage: in place of the ImportError.
+    """
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
-        raise CorpusError(f"this source needs {module}: run pip install 'minillm[{extra}]'") from error
+        package = (error.name or str(error)).partition(".")[0]
+        broken = "" if isinstance(error, ModuleNotFoundError) else f" (it is there, but: {error})"
+        raise MissingPackage(f"this needs {package}: run pip install 'minillm[{extra}]'{broken}") from error

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.data import Document as Carried
-from datatrove.io import DataFolderLike, get_datafolder
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.writers import JsonlWriter
 
 from minillm.base.errors import CleanError
-from minillm.base.optional import need
+from minillm.base.optional import optional
 from minillm.corpus import Document
 from minillm.extract import Drop
 from minillm.pipeline.phases import Rules, is_corpus_step, plan
 from minillm.pipeline.work import each, pack, unpack
 from minillm.readers.files import ReadStats, find_files
 
-for _module in ("datatrove", "orjson"):
-    need(_module, "clean")
+with optional("clean"):
+    import orjson  # noqa: F401  (datatrove's own writers import it late)
+    from datatrove.data import Document as Carried
+    from datatrove.io import DataFolderLike, get_datafolder
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
 
 FIELDS = ("lang", "kind", "split", "meta")
 
@@ -334,5 +334,6 @@ def _executor(kind: str) -> Any:
     if kind not in kinds:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(kinds)}")
     if kind == "ray":
-        need("ray", "ray")
+        with optional("ray"):
+            import ray  # noqa: F401  (datatrove imports it only when it runs)
     return kinds[kind]

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from minillm.base.optional import need
 from minillm.corpus import Document
 from minillm.extract import extract_density
 from minillm.filter import identify_ngram
@@ -229,12 +228,9 @@ class LoadedDetector:
 
     def __call__(self, text: str) -> float:
         if self._detect is None:
-            from minillm.vendors.text import HuggingFaceDetector
+            from minillm.vendors.text import load_huggingface_detector
 
-            transformers = need("transformers", "dev")
-            load = transformers.AutoModelForSequenceClassification.from_pretrained
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
-            self._detect = HuggingFaceDetector(load(self.model), tokenizer, self.label)
+            self._detect = load_huggingface_detector(self.model, self.label)
         return self._detect(text)
 
 

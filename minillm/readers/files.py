@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.base.errors import CorpusError
-from minillm.base.optional import need
+from minillm.base.optional import optional
 from minillm.corpus import Document, guess_lang
 from minillm.readers.lines import DamagedFile, bounded_lines, byte_chunks
 
@@ -179,7 +179,9 @@ def read_jsonl(path: Path, reader: Reader) -> Iterator[Document]:
 
 def read_parquet(path: Path, reader: Reader) -> Iterator[Document]:
     """A Parquet file, a few rows at a time."""
-    arrow, parquet = need("pyarrow", "clean"), need("pyarrow.parquet", "clean")
+    with optional("clean"):
+        import pyarrow as arrow
+        from pyarrow import parquet
     row = 0
     try:
         file = parquet.ParquetFile(path)

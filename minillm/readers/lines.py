@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from minillm.base.errors import MiniLLMError
-from minillm.base.optional import need
+from minillm.base.optional import optional
 
 
 def byte_chunks(path: Path, size: int = 1 << 16) -> Iterator[bytes]:
@@ -28,7 +28,8 @@ def byte_chunks(path: Path, size: int = 1 << 16) -> Iterator[bytes]:
 
 
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    zstandard = need("zstandard", "clean")
+    with optional("clean"):
+        import zstandard
     decompressor, frame = zstandard.ZstdDecompressor(), None
     with open(path, "rb") as file:
         # Small bites: a kilobyte may decompress to megabytes. And stream_reader() takes a truncated file for a whole one.

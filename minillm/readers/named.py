@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minillm.base.errors import CorpusError
 from minillm.base.files import sha256_file
-from minillm.base.optional import need
+from minillm.base.optional import optional
 from minillm.corpus import Document
 from minillm.readers.files import Reader
 
@@ -55,7 +55,8 @@ def read_stdlib(name: str, reader: Reader) -> Iterator[Document]:
 
 def read_hub(name: str, reader: Reader) -> Iterator[Document]:
     """A Hugging Face dataset, streamed: owner/name, with :configuration and @split where they are needed."""
-    datasets = need("datasets", "hub")
+    with optional("hub"):
+        import datasets
     rest, _, split = name.partition("@")
     path, _, configuration = rest.partition(":")
     try:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minillm.base.errors import CheckpointError
-from minillm.base.optional import need
+from minillm.base.optional import optional
 from minillm.train import TrainConfig, TrainingDiverged, clip_gradients, parameter_groups
 from minillm.vendors.fsdp import Borrowed, _LossModule
 from minillm.zero import STATES
@@ -24,7 +24,8 @@ def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_BUILD_OPS", "0")
-    deepspeed = need("deepspeed", "scale")
+    with optional("scale"):
+        import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = device.type != "cpu"
     return deepspeed

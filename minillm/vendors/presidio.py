@@ -3,28 +3,32 @@
 from functools import cached_property
 from typing import Any
 
-from minillm.base.optional import need
+from minillm.base.optional import optional
 from minillm.harm import PII_RULES, PiiRule, Span
 
 
 def _presidio_parts() -> tuple[Any, Any]:
     """An NLP engine and an e-mail recogniser for presidio that never use the network, as its own two do."""
-    spacy, presidio = need("spacy", "clean"), need("presidio_analyzer", "clean")
-    spacy_engine = need("presidio_analyzer.nlp_engine", "clean").SpacyNlpEngine
-    suffixes = need("tldextract", "clean").TLDExtract(suffix_list_urls=(), cache_dir=None)
+    with optional("clean"):
+        import spacy
+        from presidio_analyzer.nlp_engine import SpacyNlpEngine
+        from presidio_analyzer.predefined_recognizers import EmailRecognizer
+        from spacy.tokenizer import Tokenizer
+        from tldextract import TLDExtract
+    suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)
 
-    class BlankEngine(spacy_engine):
+    class BlankEngine(SpacyNlpEngine):
         def __init__(self) -> None:
             super().__init__(models=[{"lang_code": "en", "model_name": "blank"}])
             nlp = spacy.blank("en")
             # Words are only asked for; spaCy's own rules take the square of the time on a long run of signs.
-            nlp.tokenizer = need("spacy.tokenizer", "clean").Tokenizer(nlp.vocab)
+            nlp.tokenizer = Tokenizer(nlp.vocab)
             self.nlp = {"en": nlp}
 
         def load(self) -> None:
             pass  # the default downloads a model for names and places
 
-    class OfflineEmail(presidio.predefined_recognizers.EmailRecognizer):
+    class OfflineEmail(EmailRecognizer):
         def validate_result(self, pattern_text: str) -> bool:
             return bool(suffixes(pattern_text).suffix)  # the default downloads the list of public suffixes
 
@@ -55,8 +59,9 @@ class PresidioFinder:
 
     @cached_property
     def analyzer(self) -> Any:
-        presidio = need("presidio_analyzer", "clean")
-        known = presidio.predefined_recognizers
+        with optional("clean"):
+            import presidio_analyzer as presidio
+            from presidio_analyzer import predefined_recognizers as known
         registry = presidio.RecognizerRegistry(supported_languages=["en"])
         engine, email = _presidio_parts()
         theirs = (

@@ -1,21 +1,20 @@
 """Optional packages that extract, identify, and judge text."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from minillm.base.optional import need
+from minillm.base.optional import optional
 from minillm.corpus import HAN, sentences_of, units
 from minillm.detect import TokenScores
-
-if TYPE_CHECKING:
-    pass
 
 
 def extract_trafilatura(page: str) -> str:
     """The main text as trafilatura finds it, without comments. Source: Barbaresi 2021, https://aclanthology.org/2021.acl-demo.15"""
-    found = need("trafilatura", "clean").extract(page, include_comments=False, include_tables=True)
+    with optional("clean"):
+        import trafilatura
+    found = trafilatura.extract(page, include_comments=False, include_tables=True)
     return found or ""
 
 
@@ -27,7 +26,8 @@ def extract_justext(page: str) -> str:
 
     Source: Pomikálek 2011, "Removing boilerplate and duplicate content from web corpora".
     """
-    justext = need("justext", "clean")
+    with optional("clean"):
+        import justext
     if len(re.findall(f"[{HAN}]", page)) * 5 > len(units(re.sub("<[^<>]*>", "", page))):
         options: dict[str, Any] = {
             "length_low": 23,
@@ -45,7 +45,9 @@ def identify_py3langid(text: str) -> tuple[str, float]:
     """Language and confidence by py3langid, which knows 97 languages."""
     if not any(map(str.isalpha, text[:4000])):
         return "und", 1.0
-    ranked = need("py3langid", "clean").rank(text[:4000])
+    with optional("clean"):
+        import py3langid
+    ranked = py3langid.rank(text[:4000])
     scores = np.array([score for _, score in ranked], dtype=float)
     return str(ranked[0][0]), float(1 / np.exp(scores - scores[0]).sum())
 
@@ -99,7 +101,17 @@ class HuggingFaceDetector:
         return float(logits.softmax(0)[self.label])
 
 
+def load_huggingface_detector(model: str, label: int) -> HuggingFaceDetector:
+    """The detector that a name on the hub, or a folder, stands for."""
+    with optional("dev"):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    network = AutoModelForSequenceClassification.from_pretrained(model)
+    return HuggingFaceDetector(network, AutoTokenizer.from_pretrained(model), label)
+
+
 def profanity_score(text: str) -> float:
     """The chance that the worst sentence is offensive English, by alt-profanity-check, whose model comes in its package."""
+    with optional("clean"):
+        import profanity_check
     parts = sentences_of(text[:20_000])
-    return max(map(float, need("profanity_check", "clean").predict_prob(parts))) if parts else 0.0
+    return max(map(float, profanity_check.predict_prob(parts))) if parts else 0.0
