@@ -438,12 +438,19 @@ class ExtractText:
     max_chars: int = 2_000_000
     name: str = "extract_text"
 
+    def __post_init__(self) -> None:
+        if not callable(self.extract):
+            raise TypeError(
+                f"extract={self.extract!r} is no function from a page to its text, such as extract_density"
+            )
+
     def __call__(self, document: Document) -> Document | Drop:
         if not is_html(document.text):
             return document
         if len(document.text) > self.max_chars:
             return Drop("page_too_long", f"{len(document.text)} characters, at most {self.max_chars}")
-        by, text = self.extract.__name__.removeprefix("extract_"), self.extract(document.text)
+        by = getattr(self.extract, "__name__", type(self.extract).__name__).removeprefix("extract_")
+        text = self.extract(document.text)
         if not text.strip():
             return Drop("no_main_text", f"{by} found none in {len(document.text)} characters")
         return replace(document, text=text, meta={**document.meta, "extracted_by": by})

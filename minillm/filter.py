@@ -349,6 +349,12 @@ class Language:
     min_confidence: float = 0.6
     name: str = "language"
 
+    def __post_init__(self) -> None:
+        if not callable(self.identify):
+            raise TypeError(
+                f"identify={self.identify!r} is no function from a text to its language, such as identify_ngram"
+            )
+
     def __call__(self, document: Document) -> Document | Drop:
         lang, confidence = self.identify(document.text)
         if lang not in self.allowed and confidence >= self.min_confidence:

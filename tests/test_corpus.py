@@ -1184,3 +1184,18 @@ def test_documents_are_frozen_and_small():
         d.text = "y"
     assert not hasattr(d, "__dict__")
     assert (d.lang, d.kind, d.split, d.meta) == ("und", "text", "train", {})
+
+
+def test_units_are_words_and_single_chinese_characters():
+    assert corpus.units("Lily's 3 kites, 飞走了 re-do_x") == [
+        "Lily's",
+        "3",
+        "kites",
+        "飞",
+        "走",
+        "了",
+        "re-do",
+        "x",
+    ]
+    assert corpus.in_words("three words here") == 3
+    assert corpus.in_words("三个汉字词语") == pytest.approx(4)

@@ -1,6 +1,6 @@
-"""Speed of each cleaning step, extraction on hard pages, growth on hostile text, into data/results/quality.json.
+"""Speed of each cleaning step, extraction on hard pages, growth on hostile text, into data/results/steps.json.
 
-    python -m benchmarks.quality
+    python -m benchmarks.steps
 
 One thread. Speeds are documents per CPU second, three runs in turns, every sample kept.
 """
@@ -14,15 +14,29 @@ from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
-from minillm import detect, harm
 from minillm.base.files import atomic_write
 from minillm.base.machine import describe_machine
 from minillm.corpus import Document
-from minillm.vendors import presidio
+from minillm.detect import MachineText
+from minillm.extract import (
+    ExtractText,
+    PageParser,
+    RepairEncoding,
+    Step,
+    WellFormed,
+    decode_page,
+    extract_density,
+    token_f1,
+)
+from minillm.filter import Heuristics, Language, Length
+from minillm.harm import RedactPII, Toxicity
+from minillm.vendors.presidio import PresidioFinder
+from minillm.vendors.text import extract_justext, extract_trafilatura, identify_py3langid, profanity_score
+from minillm.world.pages import write_page
 from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
-RESULTS = Path(__file__).parents[1] / "data" / "results" / "quality.json"
+RESULTS = Path(__file__).parents[1] / "data" / "results" / "steps.json"
 ROUNDS, PAGES, DOCUMENTS = 3, 400, 3000
 PIECES = (
     "a", "<", "<a ", '<a "', '<a ">"', "<!--", "<script>", "<div>", "</div>", "<div><p>x", "&amp;", "a@", "a@a.", "1", "1 ",
@@ -30,22 +44,22 @@ PIECES = (
 )  # fmt: skip
 
 
-def steps() -> dict[str, extract.Step]:
+def steps() -> dict[str, Step]:
     return {
-        "well_formed": extract.WellFormed(),
-        "extract_text": extract.ExtractText(),
-        "extract_text (trafilatura)": extract.ExtractText(engine="trafilatura"),
-        "extract_text (justext)": extract.ExtractText(engine="justext"),
-        "repair_encoding": extract.RepairEncoding(),
-        "language": filter.Language(),
-        "language (py3langid)": filter.Language(engine="py3langid"),
-        "length": filter.Length(),
-        "heuristics": filter.Heuristics(),
-        "machine_text": detect.MachineText(),
-        "toxicity": harm.Toxicity(),
-        "toxicity (profanity-check)": harm.Toxicity(scorer=text.profanity_score),
-        "redact_pii": harm.RedactPII(),
-        "redact_pii (presidio)": harm.RedactPII(find=presidio.PresidioFinder()),
+        "well_formed": WellFormed(),
+        "extract_text": ExtractText(),
+        "extract_text (trafilatura)": ExtractText(extract=extract_trafilatura),
+        "extract_text (justext)": ExtractText(extract=extract_justext),
+        "repair_encoding": RepairEncoding(),
+        "language": Language(),
+        "language (py3langid)": Language(identify=identify_py3langid),
+        "length": Length(),
+        "heuristics": Heuristics(),
+        "machine_text": MachineText(),
+        "toxicity": Toxicity(),
+        "toxicity (profanity-check)": Toxicity(scorer=profanity_score),
+        "redact_pii": RedactPII(),
+        "redact_pii (presidio)": RedactPII(find=PresidioFinder()),
     }
 
 
@@ -66,18 +80,20 @@ def speed() -> list[dict]:
 
 
 def extraction() -> dict[str, dict[str, float]]:
-    pages = [pages.write_page(("benchmark", number)) for number in range(PAGES)]
-    texts = [extract.decode_page(page.data, page.declared)[0] for page in pages]
+    pages = [write_page(("benchmark", number)) for number in range(PAGES)]
+    texts = [decode_page(page.data, page.declared)[0] for page in pages]
     engines = {
-        **steps.EXTRACTORS,
-        "density without hints": lambda page: extract.extract_density(page, hints=False),
-        "everything": lambda page: "\n".join(b.text for b in extract.PageParser(False).parse(page).blocks),
+        "density": extract_density,
+        "trafilatura": extract_trafilatura,
+        "justext": extract_justext,
+        "density without hints": lambda page: extract_density(page, hints=False),
+        "everything": lambda page: "\n".join(b.text for b in PageParser(False).parse(page).blocks),
     }
     scores: dict[str, dict[str, float]] = {}
     for name, extract in engines.items():
         by: dict[str, list[float]] = defaultdict(list)
         for page, text in zip(pages, texts, strict=True):
-            f1 = extract.token_f1(extract(text), page.text)
+            f1 = token_f1(extract(text), page.text)
             for trap in ("all", *page.traps):
                 by[trap].append(f1)
         scores[name] = {trap: round(statistics.mean(values), 3) for trap, values in sorted(by.items())}
@@ -118,7 +134,7 @@ def html_parser() -> dict:
 def main() -> None:
     logging.disable(logging.WARNING)  # justext and trafilatura speak of every broken page
     result = {
-        "command": "python -m benchmarks.quality",
+        "command": "python -m benchmarks.steps",
         "machine": describe_machine(),
         "documents": DOCUMENTS,
         "extraction_pages": PAGES,
