@@ -1,5 +1,6 @@
 import json
 import pickle
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from step_laws import ANY_TEXT, is_a_step, keeps_its_pace, survives, with_defect
 
-from minillm.base.errors import CorpusError
+from minillm.base.errors import MissingPackage
 from minillm.corpus import Document
 from minillm.detect import FEATURES, MachineText, machine_features
 from minillm.extract import ExtractText
@@ -109,8 +110,10 @@ def test_profanity_check_behind_the_same_interface():
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "profanity_check", None)
-    with pytest.raises(CorpusError, match=r"pip install 'minillm\[clean\]'"):
+    monkeypatch.setitem(sys.modules, "profanity_check", None)
+    with pytest.raises(
+        MissingPackage, match=r"this needs profanity_check: run pip install 'minillm\[clean\]'"
+    ):
         profanity_score("x")
 
 
