@@ -1,62 +1,17 @@
 import codecs
-import dataclasses
 import math
 
 import pytest
 import torch
+from decoders import GLM, PROMPTS, TINY, all_models, make, uncached
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import LOGITS, assert_close, assert_low_precision
+from tolerances import assert_close
 
 from minillm import generate as g
 from minillm.check import check, laws
 from minillm.generate import Sampler, generate, generate_text, log_likelihood, stream, stream_text
-from minillm.serving.fast import Prepared
-from minillm.transformer import ModelConfig, Transformer
-
-TINY = ModelConfig(
-    vocab_size=53, dim=48, n_layers=2, n_heads=6, n_kv_heads=3, hidden_dim=56, max_seq_len=100, norm_eps=1e-3
-)
-LLAMA_LIKE = {
-    "llama": TINY,
-    "tied": dataclasses.replace(TINY, tied=True),
-    "multi-query": dataclasses.replace(TINY, n_kv_heads=1),
-    "multi-head": dataclasses.replace(TINY, n_kv_heads=6),
-    "chatglm2": dataclasses.replace(
-        TINY, rope_fraction=0.5, rope_interleaved=True, qkv_bias=True, rope_scale=4.0
-    ),
-    "alibi": dataclasses.replace(TINY, position="alibi", out_bias=True, mlp_bias=True),
-    "norm head": dataclasses.replace(TINY, norm_head=True, position="none"),
-}
-GLM = dataclasses.replace(
-    TINY, n_kv_heads=6, norm="layer", mlp="gelu", position="rope2d", residual="glm",
-    qkv_bias=True, out_bias=True, mlp_bias=True,
-)  # fmt: skip
-PROMPTS = [[5, 1, 7], [3, 52, 9, 11, 2, 30, 8], [6]]
-
-
-def make(config=TINY, dtype=torch.float64):
-    """A model whose every weight matters, and whose greedy text does not settle on one token."""
-    model = Transformer(config)
-    model.reset_parameters(std=0.2)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.1)
-    return model.to(dtype)
-
-
-def uncached(model, prompt, n):
-    """Greedy, the whole text through the model for each token."""
-    tokens = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(n):
-            tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), dim=1)
-    return tokens[0, len(prompt) :].tolist()
-
-
-all_models = pytest.mark.parametrize("config", [*LLAMA_LIKE.values(), GLM], ids=[*LLAMA_LIKE, "glm"])
-llama_like = pytest.mark.parametrize("config", LLAMA_LIKE.values(), ids=LLAMA_LIKE)
-
+from minillm.serving.fast import obstacle, prepare
 
 # Laws of the exercises.
 
@@ -298,99 +253,14 @@ def test_cached_equals_uncached_and_batched_equals_single(config):
     expected = [uncached(model, prompt, 40) for prompt in PROMPTS]
     assert len({token for row in expected for token in row}) > 5  # or the test would prove little
     if (
-        fast.obstacle(model) is not None
+        obstacle(model) is not None
     ):  # the reference has no padding, and this model's layout counts real tokens
         assert [generate(model, [p], max_new_tokens=20)[0] for p in PROMPTS] == [row[:20] for row in expected]
-    assert generate(model, PROMPTS, max_new_tokens=40) == expected  # prepared, where the model allows it
-    assert generate(model, PROMPTS, max_new_tokens=20) == [
-        row[:20] for row in expected
-    ]  # too short to prepare
+    assert generate(model, PROMPTS, max_new_tokens=40) == expected
+    fast = prepare(model, 40)  # prepared, where the model allows it
+    assert generate(fast, PROMPTS, max_new_tokens=40) == expected
+    assert generate(fast, PROMPTS, max_new_tokens=20) == [row[:20] for row in expected]
     assert generate(model, torch.tensor([PROMPTS[1]] * 2), max_new_tokens=5) == [expected[1][:5]] * 2
-
-
-@llama_like
-def test_a_prepared_model_gives_the_same_logits(config):
-    model = make(config)
-    tokens, real = g.left_pad(PROMPTS, 0, config.vocab_size)
-    real = torch.cat((real, real.new_ones(3, 70)), dim=1)
-    caches = [model.make_cache(3, real.shape[1]) for _ in range(2)]
-    with torch.no_grad():
-        for cache in caches:
-            g.prefill(model, tokens, real[:, :7], cache)
-        plain, fast = g.Session(model, caches[0], real), fast.FastSession(Prepared(model), caches[1], real)
-        for step in range(70):  # past one block of rotations
-            new = torch.tensor([step % 50, 3, 7])
-            torch.testing.assert_close(fast.step(new), plain.step(new), rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match="the cache holds 77 tokens, 78 needed"):
-        fast.step(new)
-
-
-def test_prepared_in_float32_stays_within_the_logits_tolerance():
-    model = make(dtype=torch.float32)
-    tokens = torch.randint(53, (4, 30))
-    cache = model.make_cache(4, 30)
-    real = torch.ones(4, 30, dtype=torch.bool)
-    with torch.no_grad():
-        g.prefill(model, tokens[:, :1], real[:, :1], cache)
-        session = fast.FastSession(Prepared(model), cache, real)
-        ours = torch.stack([session.step(tokens[:, t]).clone() for t in range(1, 30)], dim=1)
-        assert (ours - model(tokens)[:, 1:]).abs().max() < LOGITS[torch.float32]
-
-
-# oneDNN packs bfloat16 for AVX-512 at least; a processor with less takes the other way only.
-NATIVE = [False, *[True] * bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())]
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 16])
-def test_a_packed_matrix_multiplies_as_any_other(rows, biased, monkeypatch):
-    weights, scale = [torch.randn(40, 24), torch.randn(7, 24)], torch.rand(24)
-    biases = [torch.randn(len(w)) if biased else None for w in weights]
-    x, told = torch.randn(rows, 24), []
-    for packed in (False, True):
-        monkeypatch.setattr(g, "mkl_idles", lambda packed=packed: packed)
-        project = fast.Projection(weights, biases, scale, torch.float32)
-        assert project.packed == (packed and torch.backends.mkldnn.is_available())
-        out = torch.full((rows, 47), torch.nan)
-        project(x, out)
-        told.append(out.clone())
-        project.add(x, out)
-        assert_close(out, 2 * told[-1])
-    assert_close(told[0], told[1])
-    assert not fast.packing_pays(weights[0].double())
-    assert not fast.packing_pays(weights[0].to("meta"))
-
-
-@pytest.mark.parametrize("projection", [fast.Projection, fast.HalfProjection])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("native", NATIVE)
-def test_prepared_bfloat16_errs_no_more_than_the_model(projection, batch, native, monkeypatch):
-    monkeypatch.setattr(g, "fast_bfloat16", lambda device: native)
-    model = make(LLAMA_LIKE["chatglm2"], torch.float32)
-    half = make(LLAMA_LIKE["chatglm2"], torch.bfloat16)
-    with torch.no_grad():
-        for a, b in zip(half.parameters(), model.parameters()):
-            a.copy_(b)
-            b.copy_(a)  # the exact model has the rounded weights
-    tokens, real = torch.randint(53, (batch, 20)), torch.ones(batch, 20, dtype=torch.bool)
-    cache = half.make_cache(batch, 20)
-    with torch.no_grad():
-        g.prefill(half, tokens[:, :1], real[:, :1], cache)
-        session = fast.FastSession(Prepared(half, projection=projection), cache, real)
-        ours = torch.stack([session.step(tokens[:, t]).clone() for t in range(1, 20)], dim=1)
-        assert_low_precision(ours, half(tokens)[:, 1:], model(tokens)[:, 1:])
-
-
-@llama_like
-def test_turns_are_the_position_encoding(config):
-    model = make(config)
-    turns = fast.Turns(model.position, 8, torch.float64, torch.device("cpu"))
-    x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
-    for t in (0, 5, 63, 64, 3):  # forth and back, over the end of a block
-        expected = x
-        if model.position is not None:
-            expected = model.position(x, model.position.angles(torch.full((1, 3), t)))
-        assert_close(x @ turns(t), expected)
 
 
 @all_models
@@ -534,59 +404,6 @@ def test_generate_says_what_is_wrong(prompts, kwargs, message):
 
 def test_the_context_may_be_filled_to_the_last_token():
     assert len(generate(make(), [[1] * 95], max_new_tokens=5)[0]) == 5
-
-
-def test_a_prepared_model_is_a_snapshot():
-    model = make()
-    prepared = Prepared(model)
-    before = generate(prepared, PROMPTS, max_new_tokens=8)
-    steps = fast.FastSession(prepared, model.make_cache(1, 4), torch.ones(1, 4, dtype=torch.bool))
-    first = steps.step(torch.tensor([3])).clone()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(-1.5)
-    steps = fast.FastSession(prepared, model.make_cache(1, 4), torch.ones(1, 4, dtype=torch.bool))
-    assert torch.equal(steps.step(torch.tensor([3])), first)
-    assert generate(model, PROMPTS, max_new_tokens=40) != before  # and generate(model) sees the new weights
-    assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
-
-
-def test_large_16_bit_models_stay_in_16_bits(monkeypatch):
-    for dtype, kind in ((torch.float32, fast.Projection), (torch.bfloat16, fast.Projection)):
-        assert type(Prepared(make(dtype=dtype)).head) is kind
-    monkeypatch.setattr(Prepared, "wide_bytes", 1000)
-    for dtype, kind in ((torch.float32, fast.Projection), (torch.bfloat16, fast.HalfProjection)):
-        prepared = Prepared(make(dtype=dtype))
-        assert type(prepared.head) is kind
-        assert prepared.head.weight.dtype == dtype
-        assert prepared.dtype == torch.float32
-
-
-class Doubled(torch.nn.Linear):
-    def forward(self, input):
-        return 2 * super().forward(input)
-
-
-def test_what_cannot_be_prepared_is_decoded_without():
-    model = make()
-    model.blocks[1].attn.wo = Doubled(48, 48, bias=False).double()
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.attn\.wo is a Doubled, not a plain linear layer; pass the model"
-    ):
-        Prepared(model)
-    assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
-    model = make()
-    handle = model.blocks[0].register_forward_hook(lambda module, inputs, output: output * 0.5)
-    assert fast.obstacle(model) == "blocks.0 has a forward hook"
-    assert generate(model, PROMPTS, max_new_tokens=40) == [uncached(model, p, 40) for p in PROMPTS]
-    handle.remove()
-    assert fast.obstacle(model) is None
-    model.norm.register_forward_pre_hook(lambda module, inputs: None)
-    assert fast.obstacle(model) == "norm has a forward hook"
-    assert "layer" in str(fast.obstacle(make(GLM)))
-    assert "rules of its own" in str(
-        fast.obstacle(Transformer(TINY, layout=lambda *a: (a[1], torch.zeros(1, 1))))
-    )
 
 
 def test_generation_leaves_the_model_as_it_was():

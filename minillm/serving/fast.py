@@ -84,7 +84,7 @@ class Projection:
             out.add_(self.bias)
 
 
-class Turns:
+class RotationMatrices:
     """The position encoding as matrices: `x @ turns(t)` is `position(x)` at position t, for any x of the head's width (chapter 17).
 
     Args:
@@ -264,7 +264,7 @@ class FastSession:
         self.keys = self.keys.transpose(
             2, 3
         ).contiguous()  # (B K) Dh S: read along S by the product with queries
-        self.turns = Turns(position, Dh, dtype, device)
+        self.turns = RotationMatrices(position, Dh, dtype, device)
         self.bias = ScoreBias(None if position is None else position.slopes, real, K, dtype)
         self.stream = empty(B, c.dim + 1)
         self.stream[:, -1] = math.sqrt(
