@@ -6,12 +6,7 @@ __all__ = [
     "Block",
     "GLMBlock",
     "NormHead",
-    "check_fields",
-    "check_shape",
     "ModelConfig",
-    "make_norm",
-    "make_position",
-    "make_block",
     "flat_layout",
     "prefix_layout",
     "PromptLayout",
@@ -31,7 +26,7 @@ __all__ = [
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,6 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from .attention import Attention, KVCache, Mask
+from .base.fields import check_fields
 from .flash import attend_fast
 from .mlp import MLP, SwiGLU
 from .norm import LayerNorm, RMSNorm
@@ -57,7 +53,7 @@ class Block(nn.Module):
         attn_norm: norms what the attention reads.
         mlp_norm: norms what the MLP reads.
 
-    Chapter: 10. Source: Xiong et al. 2020, arXiv:2002.04745.
+    Chapter: 13. Source: Xiong et al. 2020, arXiv:2002.04745.
     """
 
     def __init__(self, attn: nn.Module, mlp: nn.Module, attn_norm: nn.Module, mlp_norm: nn.Module):
@@ -81,7 +77,7 @@ class Block(nn.Module):
 class GLMBlock(Block):
     """ChatGLM-6B's block: the stream is normed first, and the *normed* stream, times alpha, is what is added to.
 
-    Chapter: 10. Source: `modeling_chatglm.py` of ChatGLM-6B; the scale is GLM-130B's (arXiv:2210.02414, section 2.1).
+    Chapter: 13. Source: `modeling_chatglm.py` of ChatGLM-6B; the scale is GLM-130B's (arXiv:2210.02414, section 2.1).
     """
 
     alpha = math.sqrt(2 * 28)  # the published code writes 28 and does not read the config's layer count
@@ -104,7 +100,7 @@ class GLMBlock(Block):
 class NormHead(nn.Linear):
     """Baichuan2's output layer: a linear map whose rows are scaled to length 1, whose norms it found to disturb training.
 
-    Chapter: 10. Source: Baichuan 2, arXiv:2309.10305.
+    Chapter: 13. Source: Baichuan 2, arXiv:2309.10305.
     """
 
     def forward(self, input: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
@@ -112,27 +108,7 @@ class NormHead(nn.Linear):
 
 
 # %% ../chapters/13_transformer.ipynb #a3002509
-def check_fields(config: object) -> None:
-    """Hold each field of a dataclass against its annotation: positive sizes, finite positive numbers, known choices.
-
-    Raises:
-        ValueError: a field breaks its rule; the message names field, rule and value.
-    """
-    for field in fields(config):  # type: ignore[arg-type]
-        value, name = getattr(config, field.name), field.name
-        choices = get_args(field.type)
-        if get_origin(field.type) is Literal and value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        if field.type is bool and not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
-        if field.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if field.type is float and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-
-
-# %% ../chapters/13_transformer.ipynb #2ca935b1
-def check_shape(config: "ModelConfig") -> None:
+def _check_shape(config: "ModelConfig") -> None:
     """Hold a model's fields against one another.
 
     Raises:
@@ -166,7 +142,7 @@ def check_shape(config: "ModelConfig") -> None:
         raise ValueError(f"glm_ids must be three ids below vocab_size = {config.vocab_size}, got {ids}")
 
 
-# %% ../chapters/13_transformer.ipynb #731cd9ad
+# %% ../chapters/13_transformer.ipynb #2ca935b1
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that fixes a model's shape. Sizes have no default; the variants default to LLaMA's.
@@ -202,7 +178,7 @@ class ModelConfig:
         if isinstance(self.glm_ids, list):  # as JSON has it
             object.__setattr__(self, "glm_ids", tuple(self.glm_ids))
         check_fields(self)
-        check_shape(self)
+        _check_shape(self)
 
     @property
     def head_dim(self) -> int:
@@ -216,42 +192,31 @@ class ModelConfig:
 
 
 # %% ../chapters/13_transformer.ipynb #afd5765e
-def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+def _make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """One of the model's norms: two in each block, one before the head."""
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config.dim, config.norm_eps)
 
 
 # %% ../chapters/13_transformer.ipynb #eb392a8f
-def make_position(config: ModelConfig) -> Position | None:
+def _make_position(config: ModelConfig) -> Position | None:
     """The position encoding that all layers share, or None."""
     if config.position == "rope":
-        return RoPE(
-            config.head_dim,
-            theta=config.rope_theta,
-            rotary_dim=config.rotary_dim,
-            interleaved=config.rope_interleaved,
-            scale=config.rope_scale,
-        )
+        how = {"interleaved": config.rope_interleaved, "scale": config.rope_scale}
+        return RoPE(config.head_dim, theta=config.rope_theta, rotary_dim=config.rotary_dim, **how)
     if config.position == "rope2d":
         return RoPE2D(config.head_dim, theta=config.rope_theta)
     return ALiBi(config.n_heads) if config.position == "alibi" else None
 
 
 # %% ../chapters/13_transformer.ipynb #cb0f7684
-def make_block(config: ModelConfig, position: Position | None) -> Block:
+def _make_block(config: ModelConfig, position: Position | None) -> Block:
     """One block of the model."""
-    attn = Attention(
-        config.dim,
-        config.n_heads,
-        config.n_kv_heads,
-        qkv_bias=config.qkv_bias,
-        out_bias=config.out_bias,
-        position=position,
-        attend=attend_fast,
-    )
+    biases = {"qkv_bias": config.qkv_bias, "out_bias": config.out_bias}
+    heads = (config.n_heads, config.n_kv_heads)
+    attn = Attention(config.dim, *heads, **biases, position=position, attend=attend_fast)
     mlp = (SwiGLU if config.mlp == "swiglu" else MLP)(config.dim, config.hidden_dim, bias=config.mlp_bias)
     block = GLMBlock if config.residual == "glm" else Block
-    return block(attn, mlp, make_norm(config), make_norm(config))
+    return block(attn, mlp, _make_norm(config), _make_norm(config))
 
 
 # %% ../chapters/13_transformer.ipynb #c39854c9
@@ -392,10 +357,10 @@ class Trunk(nn.Module):
         if config.glm_ids is not None:
             by_config = PromptLayout(*config.glm_ids)
         self.layout: Layout = layout or by_config
-        self.position = make_position(config)
+        self.position = _make_position(config)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(make_block(config, self.position) for _ in range(config.n_layers))
-        self.norm = make_norm(config)
+        self.blocks = nn.ModuleList(_make_block(config, self.position) for _ in range(config.n_layers))
+        self.norm = _make_norm(config)
 
     def hidden(
         self,
