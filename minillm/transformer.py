@@ -7,6 +7,7 @@ __all__ = [
     "GLMBlock",
     "NormHead",
     "ModelConfig",
+    "make_position",
     "flat_layout",
     "prefix_layout",
     "PromptLayout",
@@ -198,7 +199,7 @@ def _make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 
 
 # %% ../chapters/13_transformer.ipynb #eb392a8f
-def _make_position(config: ModelConfig) -> Position | None:
+def make_position(config: ModelConfig) -> Position | None:
     """The position encoding that all layers share, or None."""
     if config.position == "rope":
         how = {"interleaved": config.rope_interleaved, "scale": config.rope_scale}
@@ -357,7 +358,7 @@ class Trunk(nn.Module):
         if config.glm_ids is not None:
             by_config = PromptLayout(*config.glm_ids)
         self.layout: Layout = layout or by_config
-        self.position = _make_position(config)
+        self.position = make_position(config)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(_make_block(config, self.position) for _ in range(config.n_layers))
         self.norm = _make_norm(config)
