@@ -158,7 +158,8 @@ def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]
     return None if old == new else (name, old, new)
 
 
-def _key(text: str) -> int:
+def text_key(text: str) -> int:
+    """32 bits for a text, the same in every process; half surrogates are let through."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 

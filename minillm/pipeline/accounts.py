@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from minillm.base.files import _key
+from minillm.base.files import text_key
 from minillm.corpus import Document
 from minillm.extract import token_f1
 
@@ -67,7 +67,7 @@ def _compare(account: Account, before: Document, after: Document, kind: str) -> 
     """A changed text beside the truth: how near it is now, and whether the personal data in it are gone."""
     start = next((i for i, (a, b) in enumerate(zip(before.text, after.text)) if a != b), 0)
     start = max(0, start - 60)
-    account.show("changed", _key(before.text), before.text[start:], after.text[start:])
+    account.show("changed", text_key(before.text), before.text[start:], after.text[start:])
     if isinstance(clean := before.meta.get("clean"), str):
         # Whole numbers: their sum does not depend on the order of the chunks.
         scores = (1, *(round(1e6 * token_f1(text, clean)) for text in (before.text, after.text)))

@@ -17,6 +17,7 @@ from minillm.corpus import Document
 from minillm.extract import Drop
 from minillm.pipeline.phases import Rules, is_corpus_step, plan
 from minillm.pipeline.work import each, pack, unpack
+from minillm.readers.documents import FIELDS, record_of
 from minillm.readers.files import ReadStats, find_files
 
 with optional("clean"):
@@ -27,29 +28,28 @@ with optional("clean"):
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
 
-FIELDS = ("lang", "kind", "split", "meta")
-
 AT_ONCE = 500  # documents that a block holds
 
 
 def from_carried(carried: Carried) -> Document:
     """A document of ours from one of datatrove's: `lang`, `kind`, `split` and `meta` are entries of its metadata."""
-    known = {name: carried.metadata[name] for name in FIELDS if name in carried.metadata}
+    known = {name: carried.metadata[name] for name in FIELDS[1:] if name in carried.metadata}
     return Document(carried.text, **known)
 
 
 def to_carried(document: Document, carried: Carried) -> Carried:
     """The same document of datatrove's with the text and the facts of ours."""
     carried.text = document.text
-    carried.metadata.update({name: getattr(document, name) for name in FIELDS})
+    known = record_of(document)
+    known.pop("text")
+    carried.metadata.update(known)
     return carried
 
 
 def as_record(self: Any, carried: Carried) -> dict[str, Any]:
-    """What `JsonlWriter` writes: the record that `corpus.write_documents` writes."""
-    document = from_carried(carried)
-    record = {"text": document.text, **{name: getattr(document, name) for name in FIELDS}}
-    return record | ({"dropped": carried.metadata["dropped"]} if "dropped" in carried.metadata else {})
+    """What `JsonlWriter` writes: the record that `write_documents` writes."""
+    more = {"dropped": carried.metadata["dropped"]} if "dropped" in carried.metadata else {}
+    return record_of(from_carried(carried), **more)
 
 
 def as_shelved(self: Any, carried: Carried) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 
 from minillm.base.errors import CleanError, MiniLLMError
-from minillm.base.files import _key, atomic_write
+from minillm.base.files import atomic_write, text_key
 from minillm.corpus import Document, units
 from minillm.extract import Drop
 from minillm.pipeline.accounts import Account, _compare
 from minillm.pipeline.phases import Counted, Phase, Rules, is_corpus_step, plan
+from minillm.readers.documents import document_of, line_of
 from minillm.world.truth import EXPECTED, truth_of
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _act(
             truth[1] += 1
             account.reasons[outcome.reason] = account.reasons.get(outcome.reason, 0) + 1
             dropped.append((document, outcome))
-            account.show(outcome.reason, _key(document.text), document.text, outcome.detail)
+            account.show(outcome.reason, text_key(document.text), document.text, outcome.detail)
         else:
             changed = outcome.text is not document.text and outcome.text != document.text
             if changed:
@@ -158,21 +159,6 @@ def clean_documents(documents: Iterable[Document], steps: Sequence[Any]) -> Iter
             for i in alive:
                 results[i] = step(results[i])
     return iter(results)
-
-
-def _record(document: Document, **more: Any) -> bytes:
-    record = {
-        "text": document.text,
-        "lang": document.lang,
-        "kind": document.kind,
-        "split": document.split,
-        "meta": document.meta,
-        **more,
-    }
-    try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair in what came with the text
-        return json.dumps(record).encode() + b"\n"
 
 
 def pack(sketches: list[np.ndarray]) -> bytes:
@@ -216,10 +202,7 @@ class Job:
         """The documents that left a phase."""
         with open(self.place(phase, chunk, "documents.jsonl"), encoding="utf-8") as file:
             records = map(json.loads, file)
-            return [
-                (Document(r["text"], r["lang"], r["kind"], r["split"], r["meta"]), r["words"])
-                for r in records
-            ]
+            return [(document_of(record), record["words"]) for record in records]
 
     def run(self, number: int, chunk: int, payload: Any) -> int:
         """Lead a chunk through a phase. `payload` is its documents in phase 0, later what was decided about them.
@@ -254,15 +237,15 @@ class Job:
             with atomic_write(self.place(number, chunk, "dropped.jsonl"), "wb") as file:
                 for name, document, drop in dropped:
                     why = {"step": name, "reason": drop.reason, "detail": drop.detail}
-                    file.write(_record(document, dropped=why))
+                    file.write(line_of(document, dropped=why))
         if phase.leave is not None:
             with atomic_write(self.place(number, chunk, "documents.jsonl"), "wb") as file:
-                file.writelines(_record(document, words=n) for document, n in counted)
+                file.writelines(line_of(document, words=n) for document, n in counted)
             with atomic_write(self.place(number, chunk, "sketches.npy"), "wb") as file:
                 file.write(pack(sketches))
         elif counted:
             with atomic_write(self.output(chunk), "wb") as file:
-                file.write(gzip.compress(b"".join(_record(d) for d, _ in counted), 6, mtime=0))
+                file.write(gzip.compress(b"".join(line_of(d) for d, _ in counted), 6, mtime=0))
         with atomic_write(self.place(number, chunk, "account.json")) as file:
             json.dump([dataclasses.asdict(account) for account in accounts], file, ensure_ascii=False)
         if number:

@@ -2,8 +2,9 @@
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minillm.base.errors import CorpusError
 from minillm.base.files import atomic_write
@@ -65,6 +66,28 @@ def _read_all(sources: Sequence[str | Path], reader: Reader) -> Iterator[Documen
             raise CorpusError(f"{source}: no readable document ({reader.stats}{first})")
 
 
+FIELDS = ("text", "lang", "kind", "split", "meta")  # of a record, in their order
+
+
+def record_of(document: Document, **more: Any) -> dict[str, Any]:
+    """A document as the record that stands for it in every file that we write; `more` comes after its own fields."""
+    return {name: getattr(document, name) for name in FIELDS} | more
+
+
+def document_of(record: Mapping[str, Any]) -> Document:
+    """The document that `record_of` made a record of."""
+    return Document(**{name: record[name] for name in FIELDS})
+
+
+def line_of(document: Document, **more: Any) -> bytes:
+    """The record of a document as a line of JSON, UTF-8 with its line end."""
+    record = record_of(document, **more)
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair in what came with the text
+        return json.dumps(record).encode() + b"\n"
+
+
 def write_documents(documents: Iterable[Document], path: str | Path) -> int:
     """Write documents as JSON lines (gzip if the name ends in .gz), atomically; returns how many. `read_documents` reads it."""
     path, n = Path(path), 0
@@ -72,14 +95,7 @@ def write_documents(documents: Iterable[Document], path: str | Path) -> int:
         file = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
         for made in documents:
             n += 1
-            record = {
-                "text": made.text,
-                "lang": made.lang,
-                "kind": made.kind,
-                "split": made.split,
-                "meta": made.meta,
-            }
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.write(line_of(made))
         if file is not raw:
             file.close()
     return n

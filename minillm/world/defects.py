@@ -6,9 +6,12 @@ from typing import Any
 
 from minillm.corpus import Dice, Document, Page, dice, jaccard, pick, pick_some
 from minillm.world.documents import clean_document, story_text, write_document
-from minillm.world.lexicon import ITEMS, NAMES, pairs
+from minillm.world.lexicon import ITEMS, NAMES
 from minillm.world.stories import CAST_POOLS
+from minillm.world.tables import read_blocks, read_toml
 from minillm.world.task import CorpusConfig, Task
+
+_AROUND = read_toml("web.toml")["planted"]  # what stands around the text of a web page
 
 
 def earlier_clean(config: CorpusConfig, index: int, r: Dice) -> int:
@@ -54,34 +57,17 @@ def plant_near_duplicate(
     return text, original.lang, {"of": number, "jaccard": round(jaccard(original.text, text), 4)}
 
 
-HTML = {
-    "en": (
-        ("Home", "About us", "Contact", "Log in", "Shop", "Help"),
-        (
-            "Accept all cookies",
-            "Subscribe to our newsletter",
-            "Share this page",
-            "Read more",
-            "You may also like",
-        ),
-        "Copyright 2026 Example Media. All rights reserved.",
-    ),
-    "zh": (
-        ("首页", "关于我们", "联系我们", "登录", "商城", "帮助"),
-        ("接受所有Cookie", "订阅我们的邮件", "分享本页", "阅读全文", "猜你喜欢"),
-        "版权所有 2026 示例传媒 保留所有权利",
-    ),
-}
-
-
 def plant_html(config: CorpusConfig, index: int, r: Dice, ordinal: int) -> tuple[str, str, dict[str, Any]]:
     """A story inside a web page, between menus, a script, calls to action and a footer; its text is escaped."""
     text, lang = story_text(config, r)
-    menu, calls, footer = HTML[lang]
+    around = _AROUND[lang]
+    footer = around["footer"]
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
     paragraphs = "".join(f"<p>{line}</p>\n" for line in escaped.split("\n"))
-    items = "".join(f'<li><a href="/{i}">{word}</a></li>' for i, word in enumerate(pick_some(r, menu, 4)))
-    boxes = [f'<div class="box">{call}</div>\n' for call in pick_some(r, calls, 2)]
+    items = "".join(
+        f'<li><a href="/{i}">{word}</a></li>' for i, word in enumerate(pick_some(r, around["menu"], 4))
+    )
+    boxes = [f'<div class="box">{call}</div>\n' for call in pick_some(r, around["calls"], 2)]
     head = f"<head><title>{footer.split()[2]}</title><style>p {{ margin: 1em }}</style></head>\n"
     script = f"<script>var visit = {int(r() * 1e6)}; track(visit);</script>\n"
     body = f"<body>\n<nav><ul>{items}</ul></nav>\n{boxes[0]}<article>\n{paragraphs}</article>\n{boxes[1]}{script}"
@@ -194,28 +180,8 @@ def plant_encoding(
     return made, lang, {"codec": codec, "clean": clean}
 
 
-# Character by character, after the words that need more than that: 只 is 隻 beside a thing and 只 where it means "only".
-TRADITIONAL_WORDS = pairs(
-    "只有=只有; 只数到=只數到; 里奥=里奧; 埃里克=埃里克; 德里=德里; 面包=麵包; 面条=麵條; 谷仓=穀倉; 干净=乾淨; 手表=手錶; 萝卜=蘿蔔;"
-    "郁金香=鬱金香"
-)
-
-_SIMPLIFIED = (
-    "业东丝丢两个为丽义乌乐习书买亚从仓们会伞伟传伤伦兰关兴养内写军农净凯击刚别剧办动医华单卖卢却厨发叶号吓吗员噜园围国图场块坚"
-    "壳头奥娅学实宠对尔屉币师带帮应庙开张强录总戏户扫护择捡换数无时权条来枪树样楼欢毕汤没浅温湿满灭灯点烛烧热爱猪猫玛现画电盏盖"
-    "着矿码穷笔筝篮类红纱纳纽线给维绿罗职联脏苏莱萝萨葱蓝蚁蚂补见订认让记讲许设证识诉词试诚话该语说请诺读谁谈谎谢贝贫购赛踪车软"
-    "轻辆边过迈还这进远选邮钓钢铃铛锁锅键镇长门问阁阅阳陆随隐难页顶项颗题颜风飞饭饼饿馆马骂验鱼鲁鲍鲤鲨鲸鳗鸟鸡鸭鹅鹰黄"
-    "于价优后几只里坏机柜确种胜苹虫蜡么与扑腊"
-)
-
-_TRADITIONAL = (
-    "業東絲丟兩個為麗義烏樂習書買亞從倉們會傘偉傳傷倫蘭關興養內寫軍農淨凱擊剛別劇辦動醫華單賣盧卻廚發葉號嚇嗎員嚕園圍國圖場塊堅"
-    "殼頭奧婭學實寵對爾屜幣師帶幫應廟開張強錄總戲戶掃護擇撿換數無時權條來槍樹樣樓歡畢湯沒淺溫濕滿滅燈點燭燒熱愛豬貓瑪現畫電盞蓋"
-    "著礦碼窮筆箏籃類紅紗納紐線給維綠羅職聯髒蘇萊蘿薩蔥藍蟻螞補見訂認讓記講許設證識訴詞試誠話該語說請諾讀誰談謊謝貝貧購賽蹤車軟"
-    "輕輛邊過邁還這進遠選郵釣鋼鈴鐺鎖鍋鍵鎮長門問閣閱陽陸隨隱難頁頂項顆題顏風飛飯餅餓館馬罵驗魚魯鮑鯉鯊鯨鰻鳥雞鴨鵝鷹黃"
-    "於價優後幾隻裡壞機櫃確種勝蘋蟲蠟麼與撲臘"
-)
-
+_WORDS, _SIMPLIFIED, _TRADITIONAL = (block.replace("\n", "") for block in read_blocks("traditional.txt"))
+TRADITIONAL_WORDS = dict(word.split("=") for word in _WORDS.split("; "))
 TRADITIONAL = dict(zip(_SIMPLIFIED, _TRADITIONAL, strict=True))
 
 

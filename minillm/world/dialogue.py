@@ -1,6 +1,5 @@
 """Writers of requests, chats, and pairs of replies with a preference."""
 
-import re
 from typing import Any
 
 from minillm.corpus import Dice, Page, pick, pick_some
@@ -8,47 +7,24 @@ from minillm.world.lexicon import ANIMALS, ATTRIBUTES, FAMILIES
 from minillm.world.people import FACTS, people_known
 from minillm.world.reasoning import SUBJECTS, draw_row
 from minillm.world.stories import CAST_POOLS, draw_counts, word_forms
+from minillm.world.tables import read_records
 from minillm.world.task import Draft, Task
 from minillm.world.writers import draw_operands
 
-# Two rows each: a mild harmful request with its refusal, and a harmless one that sounds like it with its answer.
-REQUEST_TEXT = """
-How can I steal the {x} of {b}? = 我怎样才能偷走{b}的{x}？ | I will not help with stealing. You could ask {b} to lend it. = 我不能帮你偷东西。你可以向{b}借。
-  Someone stole my {x}. What can I do? = 有人偷了我的{x}，我该怎么办？ | Tell a teacher or the police what you saw. = 把你看到的告诉老师或者警察。
-How can I break the window of {b} at night? = 我怎样才能在夜里打碎{b}的窗户？ | I will not help with breaking things. You could talk with {b}. = 我不能帮你破坏东西。你可以和{b}谈一谈。
-  I broke a window. How do I clean it up? = 我打碎了窗户，怎样清理？ | Put on gloves and use a broom. = 戴上手套，用扫帚扫。
-How can I poison the {s} of {b}? = 我怎样才能毒死{b}的{s}？ | I will not help to hurt an animal. If it is loud, talk with {b}. = 我不能帮你伤害动物。如果它太吵，可以和{b}谈一谈。
-  Which food is poison for my {s}? = 哪些食物对我的{s}有毒？ | Do not give it chocolate or onions. = 不要给它吃巧克力和洋葱。
-How can I cheat in the test without being seen? = 我怎样才能考试作弊而不被发现？ | I will not help with cheating. I can help you learn for the test. = 我不能帮你作弊。我可以帮你复习。
-  How do teachers notice cheating in a test? = 老师怎样发现考试作弊？ | They see that two answers are the same. = 他们会发现两份答案一样。
-How can I read the diary of {b} in secret? = 我怎样才能偷看{b}的日记？ | I will not help with that. A diary is private. = 我不能帮你。日记是别人的隐私。
-  How can I keep my diary secret? = 我怎样才能不让别人看我的日记？ | Lock it in a drawer. = 把它锁在抽屉里。
-How can I set fire to the shed of {b}? = 我怎样才能放火烧掉{b}的棚子？ | I will not help with setting fires. People could be hurt. = 我不能帮你放火。会有人受伤的。
-  How can I put out a small fire in a pan? = 锅里起了小火，怎样扑灭？ | Turn off the heat and put a lid on it. = 关掉火，盖上锅盖。
-How can I follow {b} home without being seen? = 我怎样才能偷偷跟踪{b}回家？ | I will not help you follow anyone. You could call {b}. = 我不能帮你跟踪别人。你可以给{b}打电话。
-  Someone follows me home. What can I do? = 有人跟踪我回家，我该怎么办？ | Go into a shop and call your family. = 走进一家商店，给家人打电话。
-How can I hurt {b} and blame {d}? = 我怎样才能弄伤{b}，再怪到{d}头上？ | I will not help to hurt anyone. Tell me why you are angry. = 我不能帮你伤害别人。告诉我你为什么生气。
-  I hurt my hand. What can I do? = 我弄伤了手，该怎么办？ | Wash it and put on a bandage. = 洗干净，包上纱布。
-How can I guess the password of {b}? = 我怎样才能猜出{b}的密码？ | I will not help with that. The password belongs to {b}. = 我不能帮你。那是{b}的密码。
-  How can I choose a password that nobody can guess? = 怎样设一个别人猜不到的密码？ | Use four words that have nothing to do with you. = 用四个和你无关的词。
-How can I frighten {b} with a false letter? = 我怎样才能写一封假信吓唬{b}？ | I will not help to frighten anyone. I can help with a kind letter. = 我不能帮你吓唬别人。我可以帮你写一封友好的信。
-  How can I tell whether a letter is false? = 怎样看出一封信是假的？ | Ask the sender whether they wrote it. = 问一问寄信人是不是他写的。
-"""
 
-
-def parse_requests(text: str) -> list[list[dict[str, tuple[str, str]]]]:
+def parse_requests(records: list[list[str]]) -> list[list[dict[str, tuple[str, str]]]]:
     """[harmful, harmless look-alike] for each act, each as {language: (request, reply)}."""
     acts = []
-    for block in re.split(r"\n(?! )", text.strip()):
+    for record in records:
         both = []
-        for row in block.split("\n"):
-            request, reply = (part.strip().split(" = ") for part in row.split(" | "))
-            both.append({"en": (request[0], reply[0]), "zh": (request[1], reply[1])})
+        for row in record:
+            (ask_en, ask_zh), (reply_en, reply_zh) = (part.split(" = ") for part in row.split(" | "))
+            both.append({"en": (ask_en, reply_en), "zh": (ask_zh, reply_zh)})
         acts.append(both)
     return acts
 
 
-REQUESTS = parse_requests(REQUEST_TEXT)
+REQUESTS = parse_requests(read_records("requests.txt"))
 
 
 def write_request(task: Task, harmful: bool) -> Draft:

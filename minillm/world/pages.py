@@ -7,7 +7,10 @@ from functools import partial
 
 from minillm.corpus import Dice, dice, pick, pick_some
 from minillm.world.documents import story_text
+from minillm.world.tables import read_toml
 from minillm.world.task import CorpusConfig
+
+_AROUND = read_toml("web.toml")["page"]  # what stands around the text of a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,33 +23,9 @@ class WebPage:
     traps: tuple[str, ...]
 
 
-_WEB = {
-    "en": {
-        "menu": "Home|News|Sports|Weather|Shop|About us|Contact|Log in|Help|Careers|Newsletter|Archive",
-        "cookie": "We and our 213 partners store and read information on your device, such as cookies, to show you ads that fit you, "
-        "to measure them and to improve our services. You can change your mind at any time. Accept all|Reject all|Settings",
-        "footer": "Copyright 2026 Example Media. All rights reserved. No part of this site may be copied, stored or passed on without "
-        "written permission of the publisher. Terms|Privacy|Imprint|Jobs",
-        "comment": "Great story, thanks for sharing it with all of us here!|First! I read this to my kids every single evening.|"
-        "I do not agree at all, the ending makes no sense to me.|Does anyone know who drew the pictures?",
-        "teaser": "Ten things you did not know about lamps|Why everyone talks about this small shop|The best pears of the year",
-        "bold": "Read more|Share this page|Print|Subscribe now",
-    },
-    "zh": {
-        "menu": "首页|新闻|体育|天气|商城|关于我们|联系我们|登录|帮助|招聘|订阅|归档",
-        "cookie": "我们和213个合作伙伴会在您的设备上存储和读取信息，例如Cookie，用来展示适合您的广告、衡量效果并改进服务。您可以随时更改选择。"
-        "全部接受|全部拒绝|设置",
-        "footer": "版权所有2026示例传媒，保留所有权利。未经出版方书面许可，不得复制、保存或转载本站任何内容。条款|隐私|法律声明|招聘",
-        "comment": "写得真好，谢谢分享给我们大家！|沙发！我每天晚上都给孩子读这个故事。|完全不同意，结尾让人看不懂。|有人知道插图是谁画的吗？",
-        "teaser": "关于灯你不知道的十件事|为什么大家都在谈论这家小店|今年最好吃的梨",
-        "bold": "阅读全文|分享本页|打印|立即订阅",
-    },
-}
-
-
 def _web_part(kind: str, lang: str, r: Dice, named: bool) -> str:
     """One piece of boilerplate; without names, nothing but its shape tells what it is."""
-    items = [html.escape(item) for item in _WEB[lang][kind].split("|")]
+    items = [html.escape(item) for item in _AROUND[lang][kind]]
     name = f' class="{kind}"' if named else f' class="x{int(r() * 1000)}"'
     if kind == "menu":
         links = "".join(f'<li><a href="/{i}">{item}</a>' for i, item in enumerate(pick_some(r, items, 8)))

@@ -6,33 +6,20 @@ from functools import lru_cache
 
 from minillm.corpus import dice, pick, pick_some
 from minillm.world.lexicon import ATTRIBUTES, PET_MEASURES, SYLLABLES, article
-
-FACT_TEXT = """
-year | {n} was born in {v}. / The birth year of {n} is {v}. | {n}出生于{v}年。 / {n}是{v}年出生的。
-  When was {n} born? | {n}是哪一年出生的？
-city | {n} lives in {v}. / The home of {n} is in {v}. | {n}住在{v}。 / {n}的家在{v}。
-  Where does {n} live? | {n}住在哪里？
-job | {n} works as {one}. / The job of {n} is {v}. | {n}的职业是{v}。 / {n}是一名{v}。
-  What is the job of {n}? | {n}的职业是什么？
-food | {n} likes to eat {v}. / The favourite food of {n} is {v}. | {n}喜欢吃{v}。 / {n}最爱的食物是{v}。
-  What does {n} like to eat? | {n}喜欢吃什么？
-hobby | {n} enjoys {v}. / The hobby of {n} is {v}. | {n}喜欢{v}。 / {n}的爱好是{v}。
-  What is the hobby of {n}? | {n}的爱好是什么？
-pet | {n} has {one} as a pet. / The pet of {n} is {one}. | {n}养了一{mv}。 / {n}的宠物是一{mv}。
-  What pet does {n} have? | {n}的宠物是什么？
-"""
+from minillm.world.tables import read_records
 
 
-def parse_facts(text: str) -> dict[str, dict[str, list[str]]]:
+def parse_facts(records: list[list[str]]) -> dict[str, dict[str, list[str]]]:
     """For each attribute, the statements ("en", "zh") and the questions ("ask_en", "ask_zh")."""
     table = {}
-    for row in text.strip().replace("\n  ", " | ").split("\n"):
-        name, en, zh, ask_en, ask_zh = (part.strip() for part in row.split(" | "))
+    for says, asks in records:
+        name, en, zh = says.split(" | ")
+        ask_en, ask_zh = asks.split(" | ")
         table[name] = {"en": en.split(" / "), "zh": zh.split(" / "), "ask_en": [ask_en], "ask_zh": [ask_zh]}
     return table
 
 
-FACTS = parse_facts(FACT_TEXT)
+FACTS = parse_facts(read_records("facts.txt"))
 
 
 @dataclass(frozen=True, kw_only=True)

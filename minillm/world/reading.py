@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from minillm.world.lexicon import ANIMALS, COLORS, ITEMS, NUMBERS, article
 from minillm.world.stories import CASTS, COUNT_RULES, PLOT_LIST, PLOTS, Plot
@@ -51,10 +51,16 @@ def slot_groups(slot: str, lang: str) -> list[tuple[str, str, str]]:
     return named[slot]
 
 
-Rule = tuple[re.Pattern[str], str, int, list[tuple[str, str]]]  # pattern, plot, step, what each group means
+class ReadingRule(NamedTuple):
+    """One wording of one step of a plot, turned round: what it looks like, and what each of its groups means."""
+
+    pattern: re.Pattern[str]
+    plot: str
+    step: int
+    groups: list[tuple[str, str]]  # role, kind of word
 
 
-def plot_rules(plot: Plot, lang: str) -> list[Rule]:
+def plot_rules(plot: Plot, lang: str) -> list[ReadingRule]:
     """A plot turned round: for each wording of each step a pattern that finds the roles."""
     words, rules = surface_words(lang), []
     for step, line in enumerate(plot.lines):
@@ -68,12 +74,12 @@ def plot_rules(plot: Plot, lang: str) -> list[Rule]:
                     options = "|".join(map(re.escape, sorted(words[kind], key=len, reverse=True)))
                     pattern += f"{before}({options})"
                     groups.append((role, kind))
-            rules.append((re.compile(pattern), plot.name, step, groups))
+            rules.append(ReadingRule(re.compile(pattern), plot.name, step, groups))
     return rules
 
 
 @lru_cache(maxsize=2)
-def reading_rules(lang: str) -> list[Rule]:
+def reading_rules(lang: str) -> list[ReadingRule]:
     """All plots turned round."""
     return [rule for plot in PLOT_LIST for rule in plot_rules(plot, lang)]
 
@@ -102,14 +108,13 @@ def match_steps(text: str, lang: str) -> tuple[int, dict[str, list[tuple[int, li
     position, n = 0, 0
     while position < len(text):
         n += 1
-        matches = [(rule, hit) for rule in rules if (hit := rule[0].match(text, position))]
+        matches = [(rule, hit) for rule in rules if (hit := rule.pattern.match(text, position))]
         longest = max((hit.end() for _, hit in matches), default=position)
-        for (_, name, step, groups), hit in matches:
+        for rule, hit in matches:
             if hit.end() == longest:
-                values = [
-                    (role, words[kind][word]) for (role, kind), word in zip(groups, hit.groups()) if role
-                ]
-                found.setdefault(name, []).append((step, values))
+                said = zip(rule.groups, hit.groups())
+                values = [(role, words[kind][word]) for (role, kind), word in said if role]
+                found.setdefault(rule.plot, []).append((rule.step, values))
         if longest == position:  # an unknown sentence: go on behind its end
             end = ends.search(text, position)
             longest = end.end() if end else len(text)

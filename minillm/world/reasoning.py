@@ -1,13 +1,23 @@
 """Writers of small reasoning: logic, order, counting, dates, tracking, knowledge in four choices."""
 
 import itertools
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from minillm.corpus import Dice, Page, pick, pick_some
-from minillm.world.lexicon import ANIMALS, FAMILIES, ITEMS, NAMES, NUMBERS, article, count_phrase, pairs
+from minillm.world.lexicon import (
+    ANIMALS,
+    FAMILIES,
+    ITEMS,
+    MONTHS,
+    NAMES,
+    NUMBERS,
+    WEEKDAYS,
+    article,
+    count_phrase,
+)
 from minillm.world.stories import CAST_POOLS
+from minillm.world.tables import read_records
 from minillm.world.task import Draft, Task
 
 
@@ -104,16 +114,7 @@ def write_counting(task: Task) -> Draft:
     return page, task.lang, {"things": things}
 
 
-MONTHS = pairs(
-    "January=1月; February=2月; March=3月; April=4月; May=5月; June=6月; July=7月; August=8月; September=9月; October=10月;"
-    "November=11月; December=12月"
-)
-
 MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-
-WEEKDAYS = pairs(
-    "Monday=星期一; Tuesday=星期二; Wednesday=星期三; Thursday=星期四; Friday=星期五; Saturday=星期六; Sunday=星期日"
-)
 
 
 def write_date(task: Task) -> Draft:
@@ -180,30 +181,6 @@ def write_tracking(task: Task) -> Draft:
     return page, task.lang, plan
 
 
-KNOWLEDGE_TEXT = """
-geography | 地理 | The capital of {k} is {v}. | {k}的首都是{v}。 | What is the capital of {k}? | {k}的首都是哪里？
-  France Paris 法国 巴黎; Japan Tokyo 日本 东京; China Beijing 中国 北京; Italy Rome 意大利 罗马; Spain Madrid 西班牙 马德里;
-  Egypt Cairo 埃及 开罗; Germany Berlin 德国 柏林; Norway Oslo 挪威 奥斯陆; Peru Lima 秘鲁 利马; Cuba Havana 古巴 哈瓦那;
-  Greece Athens 希腊 雅典; Russia Moscow 俄罗斯 莫斯科; Kenya Nairobi 肯尼亚 内罗毕; Canada Ottawa 加拿大 渥太华;
-  Thailand Bangkok 泰国 曼谷; Austria Vienna 奥地利 维也纳; Portugal Lisbon 葡萄牙 里斯本; Ireland Dublin 爱尔兰 都柏林;
-  Poland Warsaw 波兰 华沙; Turkey Ankara 土耳其 安卡拉
-nature | 自然 | The {k} is {one}. | {k}是{v}。 | What kind of animal is the {k}? | {k}是哪一类动物？
-  sparrow bird 麻雀 鸟类; owl bird 猫头鹰 鸟类; eagle bird 老鹰 鸟类; penguin bird 企鹅 鸟类; carp fish 鲤鱼 鱼类;
-  tuna fish 金枪鱼 鱼类; shark fish 鲨鱼 鱼类; eel fish 鳗鱼 鱼类; ant insect 蚂蚁 昆虫; bee insect 蜜蜂 昆虫;
-  butterfly insect 蝴蝶 昆虫; beetle insect 甲虫 昆虫; whale mammal 鲸 哺乳动物; cow mammal 牛 哺乳动物;
-  bat mammal 蝙蝠 哺乳动物; horse mammal 马 哺乳动物
-language | 语文 | The opposite of {k} is {v}. | “{k}”的反义词是“{v}”。 | What is the opposite of {k}? | “{k}”的反义词是什么？
-  big small 大 小; hot cold 热 冷; tall short 高 矮; fast slow 快 慢; happy sad 高兴 难过; wet dry 湿 干; day night 白天 黑夜;
-  clean dirty 干净 肮脏; strong weak 强 弱; rich poor 富 穷; hard soft 硬 软; early late 早 晚; near far 近 远;
-  full empty 满 空; light heavy 轻 重; thick thin 厚 薄; true false 真 假; inside outside 里 外; deep shallow 深 浅
-work | 职业 | {One} works in the {v}. | {k}在{v}工作。 | Where does {one} work? | {k}在哪里工作？
-  doctor hospital 医生 医院; teacher school 老师 学校; cook kitchen 厨师 厨房; farmer field 农民 田野; judge court 法官 法院;
-  actor theatre 演员 剧院; baker bakery 面包师 面包店; librarian library 图书管理员 图书馆; miner mine 矿工 矿井;
-  gardener garden 园丁 花园; chemist laboratory 化学家 实验室; monk temple 和尚 寺庙; sailor harbour 水手 港口;
-  clerk office 职员 办公室; guide museum 讲解员 博物馆; pilot airport 飞行员 机场
-"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """A subject of the four-choice questions: one relation, as templates in each language, and the pairs in it."""
@@ -227,17 +204,17 @@ class Subject:
         return self.rows[row][1 if lang == "en" else 3]
 
 
-def parse_subject(block: str) -> Subject:
+def parse_subject(record: list[str]) -> Subject:
     """Read a subject from its table: the head's six fields, then "key value 键 值" apart by semicolons."""
-    head, _, body = block.partition("\n")
-    name, name_zh, say, say_zh, ask, ask_zh = (part.strip() for part in head.split(" | "))
-    rows = tuple(tuple(row.split()) for row in body.replace("\n", " ").split(";"))
+    head, *body = record
+    name, name_zh, say, say_zh, ask, ask_zh = head.split(" | ")
+    rows = tuple(tuple(row.split()) for row in " ".join(body).split(";"))
     return Subject(
         name=name, name_zh=name_zh, says={"en": say, "zh": say_zh}, asks={"en": ask, "zh": ask_zh}, rows=rows
     )
 
 
-SUBJECTS = tuple(map(parse_subject, re.split(r"\n(?! )", KNOWLEDGE_TEXT.strip())))
+SUBJECTS = tuple(map(parse_subject, read_records("knowledge.txt")))
 
 
 def write_statement(task: Task) -> Draft:

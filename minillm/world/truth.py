@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm.base.files import _key
+from minillm.base.files import text_key
 from minillm.corpus import Document, shingles
 
 # What the own corpus holds for a kind of step to find: planted, or found by `with_repetitions`.
@@ -59,7 +59,7 @@ def with_repetitions(documents: Iterable[Document]) -> Iterator[Document]:
             known["same_as"] = earlier
         elif document.meta.get("task") == "biography":
             told = lives.setdefault((document.lang, *document.meta["people"]), [])
-            mine = np.array(sorted({_key(part) for part in shingles(document.text, 5)}))
+            mine = np.array(sorted({text_key(part) for part in shingles(document.text, 5)}))
             shared = [np.intersect1d(mine, other, assume_unique=True).size for _, other in told]
             similar = [(n / (mine.size + other.size - n), of) for n, (of, other) in zip(shared, told)]
             if similar:

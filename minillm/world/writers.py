@@ -1,12 +1,12 @@
 """Writers of stories, biographies, sums, problems, graphs and tasks of any length."""
 
-import re
 from typing import Any
 
 from minillm.corpus import Dice, Page, pick, pick_some, scratchpad, split_of
 from minillm.world.lexicon import FAMILIES, ITEMS, NAMES, PLACES
 from minillm.world.people import FACTS, people_known
 from minillm.world.stories import CAST_POOLS, plan_story, tell, word_forms
+from minillm.world.tables import read_records
 from minillm.world.task import Draft, Task
 
 
@@ -83,24 +83,9 @@ def write_sums(task: Task, form: str) -> Draft:
     return page, "und", {"sums": sums, "form": form}
 
 
-PROBLEM_TEXT = """
-+ | {a} has {i} {xs}. {b} gives {a} {j} more. How many {xs} does {a} have now?
-  {a}有{i}{zx}。{b}又给了{a}{j}{w}。{a}现在有多少{zx}？
-+ | There are {i} {xs} in {p} and {j} {xs} in {q}. How many {xs} are there?
-  {p}里有{i}{zx}，{q}里有{j}{zx}。一共有多少{zx}？
-+ | {a} read {i} pages on Monday and {j} pages on Tuesday. How many pages did {a} read?
-  {a}星期一读了{i}页书，星期二读了{j}页书。{a}一共读了多少页书？
-- | {a} has {i} {xs} and gives {j} to {b}. How many {xs} does {a} have left?
-  {a}有{i}{zx}，给了{b}{j}{w}。{a}还剩多少{zx}？
-- | {a} found {i} {xs} and {b} found {j}. How many more did {a} find?
-  {a}找到了{i}{zx}，{b}找到了{j}{w}。{a}比{b}多找到多少{w}？
-- | {a} pays {i} coins for a book that costs {j}. How many coins does {a} get back?
-  一本书卖{j}枚硬币，{a}付了{i}枚硬币。应该找给{a}多少枚硬币？
-"""
-
 PROBLEMS = [
-    {"op": row[0], "en": row[4:].split("\n")[0].strip(), "zh": row.split("\n")[1].strip()}
-    for row in re.split(r"\n(?=[+-] )", PROBLEM_TEXT.strip())
+    {"op": english[0], "en": english.removeprefix(english[0] + " | "), "zh": chinese}
+    for english, chinese in read_records("problems.txt")
 ]
 
 
