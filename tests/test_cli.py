@@ -1,6 +1,5 @@
 """The command line as a user meets it: real commands, their output, their exit status."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -12,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from minillm.cli import main
-from minillm.runs import pretrain
-from minillm.runs.recipes import recipe
 
 SMALL = [
     *(
@@ -112,15 +109,6 @@ def test_a_slow_machine_makes_the_steps_that_fit_and_remembers_how_many(tmp_path
     assert f"steps={made}, now steps={made + 100}" in again.stderr.replace("train.", "")
 
 
-def test_steps_that_fit():
-    config = recipe("tiny")
-    assert pretrain._steps_that_fit(dataclasses.replace(config, minutes=0.0), 100.0) == config.train.steps
-    assert pretrain._steps_that_fit(dataclasses.replace(config, minutes=5.0), 0.1) == 3000
-    assert pretrain._steps_that_fit(dataclasses.replace(config, minutes=5.0), 0.101) == 2900
-    assert pretrain._steps_that_fit(config, 1e-6) == config.train.steps
-    assert pretrain._steps_that_fit(config, 1e6) == 100
-
-
 def test_another_config_in_the_same_folder_is_refused(run):
     done = minillm("speedrun", *SMALL, "--train.max-lr", "0.5", cwd=run[0])
     assert done.returncode == 2
@@ -194,16 +182,6 @@ def test_speedrun_on_real_text(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "beginning of a held-out document" in done.stdout
     assert (tmp_path / "runs" / "book" / "report.html").exists()
-
-
-def test_a_book_is_cut_into_passages_and_nothing_is_lost():
-    from minillm.runs.data import passages
-
-    book = "".join(f"line {i} of a book\n" * (i % 3) + "x" * (i % 7 == 0) * 90 for i in range(200))
-    parts = list(passages(book, 80))
-    assert "".join(parts) == book
-    assert max(map(len, parts)) <= 80
-    assert sum(part.endswith("\n") for part in parts) > len(parts) / 2
 
 
 @pytest.mark.parametrize(

@@ -139,11 +139,6 @@ def test_a_report_escapes_what_it_shows_and_stands_alone(tmp_path):
     assert "从前" in page
 
 
-def test_metrics_of_a_killed_run_are_readable(tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert run.read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
-
-
 def test_labels_of_lines_do_not_touch():
     fig, ax = plot.figure("t", x="x (m)", y="y (m)")
     for i in range(3):

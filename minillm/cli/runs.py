@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Literal
 
-import tyro
+from minillm.cli.parsing import _say, parse_parts, value_of
 
-from minillm.cli.parsing import _parse, _say
-
-if TYPE_CHECKING:
-    from minillm.runs.engines import EngineConfig
-    from minillm.runs.recipes import RunConfig
+DESCRIPTIONS = {
+    "speedrun": "Corpus, tokenizer, shards, pretraining, scores and a report.html, in RUNS/NAME. Ctrl-C saves; the same "
+    "command resumes. Then try `minillm generate`.",
+    "pretrain": "Corpus, tokenizer, shards and pretraining, in RUNS/NAME. Ctrl-C saves; the same command resumes.",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,73 +35,45 @@ class RunArgs:
     """No progress bars."""
 
 
-def _parse_run(
-    command: str, description: str, argv: Sequence[str]
-) -> tuple[RunArgs, RunConfig, EngineConfig]:
-    """Two passes: the recipe first, since it gives every other setting its default."""
-    from minillm.runs.engines import EngineConfig
-    from minillm.runs.recipes import RunConfig, recipe
-
-    name, argv = "tiny", ["--data.sources" if word == "--data" else word for word in argv]
-    for index, word in enumerate(argv):
-        if word == "--recipe" and index + 1 < len(argv):
-            name = argv[index + 1]
-        elif word.startswith("--recipe="):
-            name = word.partition("=")[2]
-    chosen = recipe(name)
-
-    fields = [
-        ("run", Annotated[RunArgs, tyro.conf.arg(name="")], dataclasses.field(default_factory=RunArgs)),
-        (
-            "config",
-            Annotated[RunConfig, tyro.conf.arg(name="")],
-            dataclasses.field(default_factory=lambda: chosen),
-        ),
-    ]
-    fields.insert(
-        1,
-        (
-            "engine",
-            Annotated[EngineConfig, tyro.conf.arg(name="")],
-            dataclasses.field(default=EngineConfig()),
-        ),
-    )
-    every = dataclasses.make_dataclass("Args", fields)
-    args: Any = _parse(every, prog=f"minillm {command}", description=description, args=argv)
-    return args.run, args.config, args.engine
-
-
 def _run(command: str, argv: Sequence[str]) -> int:
-    descriptions = {
-        "speedrun": "Corpus, tokenizer, shards, pretraining, scores and a report.html, in RUNS/NAME. Ctrl-C saves; the same "
-        "command resumes. Then try `minillm generate`.",
-        "pretrain": "Corpus, tokenizer, shards and pretraining, in RUNS/NAME. Ctrl-C saves; the same command resumes.",
-    }
-    run, config, engine = _parse_run(command, descriptions[command], argv)
+    from minillm.runs.engines import EngineConfig
+    from minillm.runs.recipes import recipe
+
+    words = ["--data.sources" if word == "--data" else word for word in argv]
+    args, engine, config = parse_parts(
+        [RunArgs(), EngineConfig(), recipe(value_of("--recipe", words, "tiny"))],
+        prog=f"minillm {command}",
+        description=DESCRIPTIONS[command],
+        args=words,
+    )
     from minillm.base.machine import pick_device, pick_dtype
     from minillm.base.processes import process_group
-    from minillm.runs.pretrain import pretrain
-    from minillm.runs.speedrun import speedrun
+    from minillm.runs.exams import Results
+    from minillm.runs.folder import Launch
+    from minillm.runs.pretrain import Training
+    from minillm.runs.speedrun import pretrain, speedrun
 
-    device = pick_device(run.device)
-    dtype = str(pick_dtype(run.dtype, device)).removeprefix("torch.")
-    folder = run.runs / (run.name or config.recipe)
+    device = pick_device(args.device)
+    dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
+    folder = args.runs / (args.name or config.recipe)
     start = time.monotonic()
-    work: Callable[..., Any] = speedrun if command == "speedrun" else pretrain
-    settings = {"dtype": dtype, "restart": run.restart, "say": _say, "progress": not run.quiet}
     borrowed = engine.engine in ("fsdp2", "deepspeed")  # they want a group of processes, if only of one
-    with process_group(device, timeout_s=engine.timeout_s, always=borrowed) as world:
-        outcome = work(config, folder, device=device, engine=engine, world=world, **settings)
-        world.wait()  # the first one may have more to do
-    if world.rank > 0:
+    with process_group(device, timeout_s=engine.timeout_s, always=borrowed) as peers:
+        launch = Launch(
+            device=device, dtype=dtype, engine=engine, peers=peers, say=_say, progress=not args.quiet
+        )
+        work = speedrun if command == "speedrun" else pretrain
+        run = work(config, folder, launch, restart=args.restart)
+        peers.wait()  # the first one may have more to do
+    if not launch.leads:
         return 0
     minutes = (time.monotonic() - start) / 60
     if command == "speedrun":
-        training, results = outcome["training"], outcome["results"]
+        training, results = run.found(Training), run.found(Results)
         _say(
-            f"\nheld-out loss {training['held_out_nats']:.3f} nats a token, {training['bits_per_byte']:.3f} bits a byte; "
-            f"training {training['tokens_per_s']:,.0f} tokens/s, decoding {results['decode_tokens_per_s']:,.0f} tokens/s"
+            f"\nheld-out loss {training.held_out_nats:.3f} nats a token, {training.bits_per_byte:.3f} bits a byte; "
+            f"training {training.tokens_per_s:,.0f} tokens/s, decoding {results.decode_tokens_per_s:,.0f} tokens/s"
         )
-        _say(f"{minutes:.1f} minutes. Report: {outcome['report']}")
+        _say(f"{minutes:.1f} minutes. Report: {folder / 'report.html'}")
     _say(f'Talk to it: minillm generate --model {folder} "One day, "')
     return 0

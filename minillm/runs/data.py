@@ -1,89 +1,89 @@
-"""From text to shards of tokens: the corpus of a run, its tokenizer, its loaders."""
+"""From text to shards of tokens: the stages corpus, tokenizer and shards, and the loaders of what they make."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import ClassVar
 
 from tqdm.auto import tqdm
 
 from minillm.base.errors import MiniLLMError
 from minillm.base.files import need_disk
 from minillm.batches import Loader
-from minillm.corpus import Document
-from minillm.readers.documents import read_documents
-from minillm.runs.folder import _Run
+from minillm.runs.folder import Record, RunFolder, Stage
 from minillm.runs.recipes import RunConfig
+from minillm.runs.text import SPLITS, SplitCounts, TextStore, read_split
 from minillm.storage.shards import TokenShards, write_shards
-from minillm.tokenizer import load_tokenizer, train_bpe, train_sentencepiece
-from minillm.world.stream import documents
-
-HELD_OUT_SHARE = 0.02  # of the documents of real text, by a hash of each
+from minillm.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 
 ENCODE_BATCH = 2000
 
-
-def run_documents(config: RunConfig, split: str) -> Iterator[Document]:
-    """The documents that a run trains on (split "train") or measures with ("heldout")."""
-    data = config.data
-    if not data.sources:
-        yield from documents(
-            data.corpus, n_documents=data.documents if split == "train" else data.held_out, split=split
-        )
-        return
-    held_out, characters = 0, 4 * config.train.seq_len
-    read = read_documents(list(data.sources), on_error="skip")
-    for document in (
-        dataclasses.replace(d, text=text) for d in read for text in passages(d.text, characters)
-    ):
-        digest = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64 and held_out < data.held_out:
-            held_out += 1
-            if split == "heldout":
-                yield document
-        elif split == "train":
-            yield document
+OPENINGS, OPENING_CHARACTERS = 3, 40  # beginnings of held-out documents, for samples of real text
 
 
-def passages(text: str, characters: int) -> Iterator[str]:
-    """A text in passages of about so many characters, cut at the ends of lines where it can be; a whole book is one document."""
-    while len(text) > characters:
-        line, word = (text.rfind(end, characters // 2, characters) + 1 for end in "\n ")
-        cut = line or word or characters
-        yield text[:cut]
-        text = text[cut:]
-    if text:
-        yield text
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusCounts(Record):
+    """What there is to read, and how some held-out documents begin."""
+
+    key: ClassVar[str] = "counts"
+    heldout: SplitCounts
+    train: SplitCounts
+    openings: tuple[str, ...] = ()
 
 
-def _corpus(run: _Run) -> str:
-    """Look through the data once: it must be readable and hold enough; count what there is."""
-    counts = {}
-    languages: Counter[str] = Counter()
-    for split in ("heldout", "train"):
-        count = characters = 0
-        bar = tqdm(
-            run_documents(run.config, split),
-            disable=not run.progress,
-            unit="doc",
-            desc=f"corpus {split}",
-            leave=False,
-        )
-        for document in bar:
-            count, characters = count + 1, characters + len(document.text)
-            languages[document.lang] += 1
-        counts[split] = {"documents": count, "characters": characters}
-    if counts["train"]["documents"] < 2 or counts["heldout"]["documents"] < 1:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenCounts:
+    """How much there is in the token files of one side of the split; `bytes` is of the text, in UTF-8."""
+
+    tokens: int
+    documents: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardCounts(Record):
+    """What was written as tokens."""
+
+    key: ClassVar[str] = "shards_counts"
+    heldout: TokenCounts
+    train: TokenCounts
+
+
+def stored_text(run: RunFolder) -> TextStore:
+    """The text of a run, whole. What is not on the disk is read now."""
+    return TextStore(run.path / "text", run.config).fill(progress=run.launch.progress)
+
+
+def openings(run: RunFolder) -> tuple[str, ...]:
+    """How some held-out documents begin; a run of an older version did not write them down, and reads them now."""
+    kept = run.found(CorpusCounts).openings
+    if kept:
+        return kept
+    data = run.config.data
+    made = read_split(run.config, data.sources or SPLITS, data.held_out)
+    return _openings(document.text for split, document in made if split == "heldout")
+
+
+def _openings(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(text[:OPENING_CHARACTERS] for text in islice(texts, OPENINGS))
+
+
+def _corpus(run: RunFolder) -> str:
+    """Read all text once. It must be readable and hold enough; count what there is."""
+    text = stored_text(run)
+    heldout, train = (text.counts(split) for split in SPLITS)
+    if train.documents < 2 or heldout.documents < 1:
         raise MiniLLMError(
-            f"{', '.join(run.config.data.sources) or 'the corpus'}: {counts['train']['documents']} documents to train on, "
-            f"{counts['heldout']['documents']} held out by a hash of each: a run needs at least 2 and 1; give more text"
+            f"{', '.join(run.config.data.sources) or 'the corpus'}: {train.documents} documents to train on, "
+            f"{heldout.documents} held out by a hash of each: a run needs at least 2 and 1; give more text"
         )
-    run.done["counts"] = counts
+    run.remember(CorpusCounts(heldout=heldout, train=train, openings=_openings(text.texts("heldout"))))
+    languages = Counter((heldout + train).languages)
     mix = ", ".join(f"{lang} {100 * n / languages.total():.0f} %" for lang, n in languages.most_common(4))
-    return f"{counts['train']['documents']:,} documents, {counts['train']['characters'] / 1e6:.1f}M characters ({mix})"
+    return f"{train.documents:,} documents, {train.characters / 1e6:.1f}M characters ({mix})"
 
 
 def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
@@ -94,86 +94,99 @@ def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def _tokenizer(run: _Run) -> str:
+def _tokenizer(run: RunFolder) -> str:
+    """Learn a vocabulary from the beginning of the training text."""
     settings = run.config.tokenizer
-    texts = _limited((d.text for d in run_documents(run.config, "train")), settings.train_characters)
+    texts = _limited(stored_text(run).texts("train"), settings.train_characters)
     if settings.kind == "bpe":
         tokenizer = train_bpe(texts, settings.vocab_size)
     else:
         tokenizer = train_sentencepiece(texts, settings.vocab_size)
-    tokenizer.save(run.folder / "tokenizer.json")
+    tokenizer.save(run.path / "tokenizer.json")
     return f"{tokenizer.vocab_size:,} tokens ({settings.kind})"
 
 
-def _shards(run: _Run) -> str:
-    tokenizer = load_tokenizer(run.folder / "tokenizer.json")
-    counts = {}
-    for split in ("heldout", "train"):
-        texts, n_bytes = (d.text for d in run_documents(run.config, split)), 0
-
-        def encoded(texts: Iterator[str] = texts, split: str = split) -> Iterator[list[int]]:
-            nonlocal n_bytes
-            total, first = run.done["counts"][split], not n_bytes
-            with tqdm(
-                total=total["documents"],
-                disable=not run.progress,
-                unit="doc",
-                desc=f"encode {split}",
-                leave=False,
-            ) as bar:
-                while batch := list(islice(texts, ENCODE_BATCH)):
-                    n_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
-                    ids = tokenizer.encode_batch(batch)
-                    if first:  # the whole will be about as dense as its beginning
-                        tokens = sum(map(len, ids)) * total["characters"] / max(1, sum(map(len, batch)))
-                        width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-                        need_disk(run.folder, int(width * tokens), f"about {tokens / 1e6:,.0f}M tokens")
-                        first = False
-                    yield from ids
-                    bar.update(len(batch))
-
+def _shards(run: RunFolder) -> str:
+    """Write both sides of the split as tokens."""
+    tokenizer, text = run_tokenizer(run), stored_text(run)
+    written = {}
+    for split in SPLITS:
         index = write_shards(
-            encoded(), run.folder / "shards" / split, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
+            _encoded(run, tokenizer, text, split),
+            run.path / "shards" / split,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
         )
-        counts[split] = {"tokens": index.n_tokens, "documents": index.n_documents, "bytes": n_bytes}
-    run.done["shards_counts"] = counts
-    tokens = counts["train"]["tokens"]
-    ratio = tokens / run.done["counts"]["train"]["characters"]
-    return f"{tokens / 1e6:.2f}M training tokens, {ratio:.2f} per character"
+        counts = text.counts(split)
+        written[split] = TokenCounts(tokens=index.n_tokens, documents=index.n_documents, bytes=counts.bytes)
+    run.remember(ShardCounts(**written))
+    tokens, characters = written["train"].tokens, text.counts("train").characters
+    return f"{tokens / 1e6:.2f}M training tokens, {tokens / characters:.2f} per character"
 
 
-def _shards_of(run: _Run, split: str) -> TokenShards:
-    return TokenShards(run.folder / "shards" / split)
+def _encoded(run: RunFolder, tokenizer: Tokenizer, text: TextStore, split: str) -> Iterator[list[int]]:
+    """The documents of a split as ids; the first batch tells how much room all will take."""
+    counts, texts, first = text.counts(split), text.texts(split), True
+    hidden = not run.launch.progress
+    with tqdm(total=counts.documents, disable=hidden, unit="doc", desc=f"encode {split}", leave=False) as bar:
+        while batch := list(islice(texts, ENCODE_BATCH)):
+            ids = tokenizer.encode_batch(batch)
+            if first:  # the whole will be about as dense as its beginning
+                tokens = sum(map(len, ids)) * counts.characters / max(1, sum(map(len, batch)))
+                width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+                need_disk(run.path, int(width * tokens), f"about {tokens / 1e6:,.0f}M tokens")
+                first = False
+            yield from ids
+            bar.update(len(batch))
 
 
-def _verify_shards(run: _Run) -> None:
-    """Read every token file once: a flipped bit would be trained on, and nobody would ever know."""
-    for split in ("heldout", "train"):
+DATA_STAGES = (
+    Stage(name="corpus", work=_corpus),
+    Stage(name="tokenizer", work=_tokenizer, makes="tokenizer.json"),
+    Stage(name="shards", work=_shards, makes="shards"),
+)
+
+
+def run_tokenizer(run: RunFolder) -> Tokenizer:
+    """The vocabulary of a run. Little text may hold fewer tokens than were asked for."""
+    return load_tokenizer(run.path / "tokenizer.json")
+
+
+def verify_shards(run: RunFolder) -> None:
+    """Read every token file once: a flipped bit would be trained on, and nobody would ever know. Then the text may go.
+
+    Raises:
+        MiniLLMError: a file is missing or damaged; the message says how to write it again.
+    """
+    for split in SPLITS:
         try:
-            TokenShards(run.folder / "shards" / split, verify=True)
+            TokenShards(run.path / "shards" / split, verify=True)
         except MiniLLMError as error:
             raise MiniLLMError(
-                f"{error}. Remove {run.folder / 'shards'}: the same command writes it again, and goes on"
+                f"{error}. Remove {run.path / 'shards'}: the same command writes it again, and goes on"
             ) from error
+    TextStore(run.path / "text", run.config).remove()
 
 
-def _loader(run: _Run, config: RunConfig) -> Loader:
+def train_loader(run: RunFolder, config: RunConfig) -> Loader:
+    """This process's share of the batches to train on."""
     return Loader(
-        _shards_of(run, "train"),
+        TokenShards(run.path / "shards" / "train"),
         batch_size=config.train.batch_size,
         seq_len=config.train.seq_len,
         seed=config.train.seed,
-        rank=run.world.rank,
-        world_size=run.world.world_size,
+        rank=run.launch.peers.rank,
+        world_size=run.launch.peers.world_size,
     )
 
 
-def _held_out(run: _Run, config: RunConfig) -> Loader:
+def held_out_loader(run: RunFolder, config: RunConfig) -> Loader:
+    """This process's share of the batches to measure with: one document a row."""
     return Loader(
-        _shards_of(run, "heldout"),
+        TokenShards(run.path / "shards" / "heldout"),
         batch_size=16,
         seq_len=config.train.seq_len,
         packing="rows",
-        rank=run.world.rank,
-        world_size=run.world.world_size,
+        rank=run.launch.peers.rank,
+        world_size=run.launch.peers.world_size,
     )

@@ -1,22 +1,38 @@
-"""What a trained model is asked: sums, facts, stories, and prompts to go on from."""
+"""What a trained model is asked, as a stage: sums, facts, stories, and prompts to go on from."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import time
 from collections.abc import Iterable
-from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
-from minillm.generate import Sampler, generate_text
-from minillm.runs.data import run_documents
-from minillm.runs.folder import _Run
+from minillm.base.files import atomic_write
+from minillm.base.machine import peak_memory_bytes
+from minillm.generate import Sampler, generate, generate_text
+from minillm.hub.folder import load_run
+from minillm.runs.data import openings
+from minillm.runs.folder import Record, RunFolder, Stage
+from minillm.runs.pretrain import Training
 from minillm.runs.recipes import RunConfig
 from minillm.serving.fast import prepare
 from minillm.tokenizer import Tokenizer
 from minillm.transformer import Transformer
 from minillm.world.documents import questions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results(Record):
+    """Marks of the exams, samples as (what, prompt, continuation), and what decoding took."""
+
+    key: ClassVar[str] = "results"
+    scores: list[dict[str, Any]]
+    samples: list[tuple[str, str, str]]
+    decode_tokens_per_s: float
+    peak_memory_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,9 +146,38 @@ OWN_PROMPTS = (
 )
 
 
-def _prompts(run: _Run) -> list[tuple[str, str]]:
+def _prompts(run: RunFolder) -> list[tuple[str, str]]:
     """Openings to continue: our own for the own corpus, the beginnings of held-out documents for other text."""
     if not run.config.data.sources:
         return list(OWN_PROMPTS)
-    beginnings = (d.text[:40] for d in run_documents(run.config, "heldout"))
-    return [("The beginning of a held-out document, continued", text) for text in islice(beginnings, 3)]
+    return [("The beginning of a held-out document, continued", text) for text in openings(run)]
+
+
+def _score(run: RunFolder) -> str:
+    model, tokenizer = load_run(run.path, run.device)
+    model.eval()
+    own = not run.config.data.sources
+    scores = score(model, tokenizer, run.config, progress=run.launch.progress) if own else []
+    samples = sample(model, tokenizer, _prompts(run))
+    results = Results(
+        scores=scores,
+        samples=samples,
+        decode_tokens_per_s=_decoding_speed(model, tokenizer, samples[0][1]),
+        peak_memory_bytes=peak_memory_bytes(run.device),
+    )
+    run.remember(results)
+    with atomic_write(run.path / "scores.json") as file:
+        found = {"training": run.found(Training).to_json(), **results.to_json()}
+        json.dump(found, file, indent=1, ensure_ascii=False)
+    return f"{len(scores)} exams, {len(samples)} samples" if scores else f"{len(samples)} samples"
+
+
+def _decoding_speed(model: Transformer, tokenizer: Tokenizer, prompt: str) -> float:
+    """Tokens a second, greedily and alone."""
+    start, ids = time.perf_counter(), tokenizer.encode(prompt)
+    n = min(128, model.config.max_seq_len - len(ids))
+    generate(prepare(model, n), [ids], max_new_tokens=n, sampler=Sampler.greedy())
+    return n / (time.perf_counter() - start)
+
+
+SCORE = Stage(name="score", work=_score)

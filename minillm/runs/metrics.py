@@ -10,6 +10,17 @@ from typing import Any
 from minillm.base.files import atomic_write
 
 
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order. What is not the line of a step is left out: a killed run may leave half a line."""
+    records = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            record = json.loads(text)
+            record["step"] + 0
+            records.append(record)
+    return records
+
+
 @dataclass
 class MetricsFile:
     """Lines of JSON, one per logged step, appended and flushed at once; kept in memory too."""
@@ -22,11 +33,7 @@ class MetricsFile:
         self.lines = []
         if self.path is None or not self.path.exists():
             return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
-                line = json.loads(text)
-                if line["step"] <= step:
-                    self.lines.append(line)
+        self.lines += [line for line in read_metrics(self.path) if line["step"] <= step]
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(line) + "\n" for line in self.lines)
 

@@ -11,17 +11,6 @@ from minillm.show import plot
 from minillm.show.page import _table, _write_page
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order. A last line cut short by a crash is left out."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
 def _loss_figure(metrics: list[dict[str, Any]]) -> str:
     fig, ax = plot.figure("Loss", x="tokens seen (thousands)", y="loss (nats per token)", width=6.4)
     train = [r for r in metrics if "loss_nats" in r]
@@ -82,7 +71,7 @@ def write_report(
         metrics: records of `metrics.jsonl`.
         stages: (name, what it did, seconds).
         config: the resolved configuration.
-        machine: what `runtime.describe_machine` says.
+        machine: what `base.machine.describe_machine` says.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", "<p class=soft>A report of minillm.</p>", _table(summary)]
     if metrics:
