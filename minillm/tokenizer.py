@@ -12,7 +12,6 @@ __all__ = [
     "CJK",
     "TokenizerError",
     "pretoken_pattern",
-    "whole_text",
     "keeps_characters",
     "PairText",
     "learn_merges",
@@ -21,11 +20,7 @@ __all__ = [
     "CutTable",
     "Vocabulary",
     "Tokenizer",
-    "listed",
-    "encode_in_processes",
     "BPETokenizer",
-    "grouped",
-    "text_blocks",
     "train_bpe",
     "SentencePieceTokenizer",
     "train_sentencepiece",
@@ -99,7 +94,7 @@ def pretoken_pattern(split_digits: bool = True) -> re.Pattern[str]:
 
 
 # %% ../chapters/07_tokenizer.ipynb #bfbe3bb5
-def whole_text(token: bytes) -> str:
+def _whole_text(token: bytes) -> str:
     """The text of a token of whole characters; "" where it is only a part of one, or none."""
     try:
         return token.decode("utf-8", "surrogatepass")
@@ -111,7 +106,7 @@ def whole_text(token: bytes) -> str:
 def keeps_characters(token: bytes) -> bool:
     """Whether a token is whole characters, or lies within a single one. Merges make nothing else."""
     heads = [i for i, byte in enumerate(token) if byte & 0xC0 != 0x80]  # bytes that begin a character
-    return heads in ([], [0]) or whole_text(token) != ""
+    return heads in ([], [0]) or _whole_text(token) != ""
 
 
 # %% ../chapters/07_tokenizer.ipynb #16d46052
@@ -355,7 +350,7 @@ class CutTable:
     LIMIT = 1 << 28
 
     def __init__(self, tokens: Iterable[bytes]) -> None:
-        pairs = {pair for token in tokens for pair in pairwise(whole_text(token))}
+        pairs = {pair for token in tokens for pair in pairwise(_whole_text(token))}
         lefts, rights = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
         width = len(rights) + 1
         if (len(lefts) + 1) * width > self.LIMIT:
@@ -498,8 +493,8 @@ class Tokenizer(Vocabulary, ABC):
             texts: any strings.
             workers: how many processes share the work. Starting them costs up to seconds; one alone writes megabytes a second.
         """
-        texts = listed(texts)
-        return self.encode_group(texts) if workers <= 1 else encode_in_processes(self, texts, workers)
+        texts = _listed(texts)
+        return self.encode_group(texts) if workers <= 1 else _encode_in_processes(self, texts, workers)
 
     def save(self, path: str | Path) -> Path:
         """Write the tokenizer as plain JSON, atomically: to a .json file, or as `tokenizer.json` into a folder.
@@ -515,7 +510,7 @@ class Tokenizer(Vocabulary, ABC):
 
 
 # %% ../chapters/07_tokenizer.ipynb #2e22ef7b
-def listed(texts: Iterable[str]) -> list[str]:
+def _listed(texts: Iterable[str]) -> list[str]:
     """Texts as a list; a single string in their place is an error, not a list of characters."""
     if isinstance(texts, str):
         raise ValueError("texts is one string where several are expected; write [text]")
@@ -523,7 +518,7 @@ def listed(texts: Iterable[str]) -> list[str]:
 
 
 # %% ../chapters/07_tokenizer.ipynb #effaad14
-def encode_in_processes(tokenizer: Tokenizer, texts: Sequence[str], workers: int) -> list[list[int]]:
+def _encode_in_processes(tokenizer: Tokenizer, texts: Sequence[str], workers: int) -> list[list[int]]:
     """Share out `encode_group` over processes."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     size = max(1, min(2000, len(texts) // (4 * workers) + 1))
@@ -576,7 +571,7 @@ class BPETokenizer(Tokenizer):
         )
         self.findall = pretoken_pattern(split_digits).findall
         for rank, token in enumerate(self.table.tokens[256:]):
-            if len(self.findall(whole_text(token))) > 1:
+            if len(self.findall(_whole_text(token))) > 1:
                 raise ValueError(f"merge {rank} makes {token!r}, which crosses the border of a pre-token")
         self.pieces = PieceCache(self.table, offset=len(special_tokens))
 
@@ -594,7 +589,7 @@ class BPETokenizer(Tokenizer):
     def encode_plain(self, text: str) -> list[int]:
         """The ids of a text in which nothing is special."""
         if len(text) > 2000 and self.cuts is not None:
-            return list(chain.from_iterable(self.encode_group(list(text_blocks(text)))))
+            return list(chain.from_iterable(self.encode_group(list(_text_blocks(text)))))
         return list(chain.from_iterable(map(self.pieces.__getitem__, self.findall(text))))
 
     def encode_group(self, texts: Sequence[str]) -> list[list[int]]:
@@ -602,7 +597,7 @@ class BPETokenizer(Tokenizer):
         if self.cuts is None:
             return super().encode_group(texts)
         out: list[list[int]] = []
-        for group in grouped(texts, 1 << 20):
+        for group in _grouped(texts, 1 << 20):
             joined = "\n".join(group)
             cuts = self.cuts(joined)
             ends = np.cumsum([len(text) + 1 for text in group]) - 1  # where each text's own characters end
@@ -645,7 +640,7 @@ class BPETokenizer(Tokenizer):
 
 
 # %% ../chapters/07_tokenizer.ipynb #45d06852
-def grouped(texts: Iterable[str], n_chars: int) -> Iterator[list[str]]:
+def _grouped(texts: Iterable[str], n_chars: int) -> Iterator[list[str]]:
     """Neighbouring texts in groups of about `n_chars` characters."""
     group, size = [], 0
     for text in texts:
@@ -659,7 +654,7 @@ def grouped(texts: Iterable[str], n_chars: int) -> Iterator[list[str]]:
 
 
 # %% ../chapters/07_tokenizer.ipynb #22e5dda0
-def text_blocks(text: str, n_chars: int = 1 << 20) -> Iterator[str]:
+def _text_blocks(text: str, n_chars: int = 1 << 20) -> Iterator[str]:
     """A long text in blocks, cut in front of newlines, where no token crosses. Joined, they are the text."""
     start = 0
     while len(text) - start > n_chars and (stop := text.find("\n", start + n_chars)) >= 0:
@@ -948,7 +943,7 @@ def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> Compression:
     Raises:
         ValueError: there is no text.
     """
-    texts = listed(texts)
+    texts = _listed(texts)
     if not any(texts):
         raise ValueError("compression needs text, and there is none")
     return Compression(

@@ -23,12 +23,12 @@ from minillm.tokenizer import (
     MergeTable,
     PieceCache,
     TokenizerError,
+    _text_blocks,
     compression,
     keeps_characters,
     learn_merges,
     load_tokenizer,
     pretoken_pattern,
-    text_blocks,
     train_bpe,
     train_sentencepiece,
 )
@@ -204,7 +204,7 @@ def test_pretokens_are_what_the_chapter_says():
 
 def test_no_token_of_a_trained_vocabulary_holds_two_digits():
     tokens = [
-        module.whole_text(t) for t in train_bpe(["1234567890 " * 9, "１２３" * 9, "١٢٣" * 9], 300).tokens
+        module._whole_text(t) for t in train_bpe(["1234567890 " * 9, "１２３" * 9, "١٢٣" * 9], 300).tokens
     ]
     assert not any(len(re.findall(r"\d", token)) > 1 for token in tokens)
     merged = train_bpe(["1234567890 " * 9], 300, split_digits=False)
@@ -396,7 +396,7 @@ def test_long_texts_and_batches_take_the_fast_way_to_the_same_ids(bpe, monkeypat
     slow = [i for word in bpe.findall(long) for i in bpe.pieces[word]]
     assert len(long) > 2000
     assert bpe.encode(long) == slow
-    monkeypatch.setattr(module, "text_blocks", lambda text: text_blocks(text, 100))
+    monkeypatch.setattr(module, "_text_blocks", lambda text: _text_blocks(text, 100))
     assert bpe.encode(long) == slow
     monkeypatch.setattr(CutTable, "LIMIT", 4)
     other = BPETokenizer.from_state(bpe.state())
@@ -407,7 +407,7 @@ def test_long_texts_and_batches_take_the_fast_way_to_the_same_ids(bpe, monkeypat
 
 @given(ANY_TEXT, st.integers(1, 10))
 def test_blocks_are_the_text_and_begin_at_newlines(text, n_chars):
-    blocks = list(text_blocks(text, n_chars))
+    blocks = list(_text_blocks(text, n_chars))
     assert "".join(blocks) == text
     assert all(block.startswith("\n") for block in blocks[1:])
 
