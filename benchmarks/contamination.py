@@ -18,10 +18,9 @@ from minillm.corpus import Document, dice
 from minillm.dedup import Decontaminate
 from minillm.extract import Drop
 from minillm.kernels.matmul import tune_allocator
-from minillm.runs.keeper import train
 from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import BPETokenizer, train_bpe
-from minillm.train import TrainConfig
+from minillm.train import TrainConfig, train
 from minillm.transformer import ModelConfig, Transformer
 from minillm.world.defects import COPIES, benchmark_item, canary
 from minillm.world.stream import documents
@@ -75,7 +74,7 @@ def train_on(texts: list[str], tokenizer: BPETokenizer, seed: int) -> Transforme
         config = TrainConfig(
             steps=steps, batch_size=ROWS, seq_len=256, max_lr=3e-3, warmup_steps=20, seed=seed
         )
-        train(model, loader, config, progress=False)
+        train(model, loader, config)
     return model.eval()
 
 

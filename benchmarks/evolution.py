@@ -28,10 +28,9 @@ from minillm.base.files import atomic_write
 from minillm.base.machine import describe_machine, seed_everything
 from minillm.batches import Batch, Loader
 from minillm.kernels.matmul import tune_allocator
-from minillm.runs.keeper import train
 from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import train_bpe
-from minillm.train import TrainConfig, batch_loss, head_weight, linear_cross_entropy
+from minillm.train import TrainConfig, batch_loss, head_weight, linear_cross_entropy, train
 from minillm.transformer import ModelConfig, Transformer, count_parameters, kv_cache_bytes
 from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
@@ -112,7 +111,7 @@ def fit(
     config = TrainConfig(
         steps=steps, batch_size=rows, seq_len=seq_len, max_lr=lr, warmup_steps=20, seed=seed, compile="off"
     )
-    train(model, loader, config, progress=False, loss_fn=loss_fn)
+    train(model, loader, config, loss_fn=loss_fn)
 
 
 @torch.inference_mode()

@@ -12,10 +12,10 @@ from minillm.base.files import atomic_write
 from minillm.base.machine import describe_machine, seed_everything
 from minillm.batches import Loader
 from minillm.kernels.matmul import tune_allocator
-from minillm.runs.keeper import train
+from minillm.runs.keeper import RunKeeper
 from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import train_bpe
-from minillm.train import TrainConfig, evaluate_loss
+from minillm.train import StepInfo, TrainConfig, evaluate_loss, train
 from minillm.transformer import ModelConfig, Transformer
 from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
@@ -60,8 +60,8 @@ def curve(shards: dict[str, TokenShards], packing: str, seed: int) -> list[float
     held_out = list(Loader(shards["heldout"], batch_size=16, seq_len=256, packing="rows").epoch_batches())
     losses: list[float] = []
 
-    def measure(info: dict[str, float]) -> None:
-        if info["step"] in STEPS:
+    def measure(info: StepInfo) -> None:
+        if info.step in STEPS:
             losses.append(evaluate_loss(model, held_out))
 
     config = TrainConfig(
@@ -73,7 +73,7 @@ def curve(shards: dict[str, TokenShards], packing: str, seed: int) -> list[float
         warmup_steps=20,
         seed=seed,
     )
-    train(model, loader, config, on_step=measure, progress=False)
+    train(model, loader, config, keeper=RunKeeper(on_step=measure, progress=False))
     return losses
 
 

@@ -22,10 +22,10 @@ from minillm.kernels.matmul import tune_allocator
 from minillm.pipeline.run import clean
 from minillm.pipeline.steps import clean_recipe, default_steps
 from minillm.readers.documents import read_documents, write_documents
-from minillm.runs.keeper import train
+from minillm.runs.keeper import RunKeeper
 from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import Tokenizer, train_bpe
-from minillm.train import TrainConfig, evaluate_loss
+from minillm.train import StepInfo, TrainConfig, evaluate_loss, train
 from minillm.transformer import ModelConfig, Transformer
 from minillm.world.defects import benchmark_item
 from minillm.world.stream import documents
@@ -96,8 +96,8 @@ def curve(train_on: TokenShards, held_out: list, seed: int, steps: int) -> list[
     )
     losses: list[float] = []
 
-    def measure(info: dict[str, float]) -> None:
-        if info["step"] % EVAL_EVERY == 0:
+    def measure(info: StepInfo) -> None:
+        if info.step % EVAL_EVERY == 0:
             losses.append(evaluate_loss(model, held_out))
 
     loader = Loader(train_on, batch_size=BATCH, seq_len=SEQ_LEN, seed=seed, packing="concat")
@@ -110,7 +110,7 @@ def curve(train_on: TokenShards, held_out: list, seed: int, steps: int) -> list[
         seed=seed,
         decay_fraction=0.5,
     )
-    train(model, loader, config, on_step=measure, progress=False)
+    train(model, loader, config, keeper=RunKeeper(on_step=measure, progress=False))
     return losses
 
 

@@ -12,10 +12,9 @@ from minillm.base.files import atomic_write
 from minillm.base.machine import describe_machine, seed_everything
 from minillm.batches import Loader
 from minillm.kernels.matmul import tune_allocator
-from minillm.runs.keeper import train
 from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import BPETokenizer, train_bpe
-from minillm.train import TrainConfig, evaluate_loss
+from minillm.train import TrainConfig, evaluate_loss, train
 from minillm.transformer import ModelConfig, Transformer
 from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
@@ -39,7 +38,7 @@ def losses(shards: TokenShards, held_out: TokenShards, seed: int) -> dict[str, f
     model = Transformer(ModelConfig(vocab_size=VOCAB, max_seq_len=256, tied=True, **size))
     loader = Loader(shards, batch_size=ROWS, seq_len=256, seed=seed, packing="rows")
     config = TrainConfig(steps=STEPS, batch_size=ROWS, seq_len=256, max_lr=3e-3, warmup_steps=20, seed=seed)
-    train(model, loader, config, progress=False)
+    train(model, loader, config)
 
     def loss_on(data: TokenShards) -> float:
         batches = Loader(data, batch_size=16, seq_len=256, packing="rows").epoch_batches()

@@ -2,14 +2,13 @@
 
 # %% auto #0
 __all__ = [
+    "log",
     "Decay",
     "Precision",
     "Compile",
     "BadStep",
     "TrainConfig",
     "learning_rate",
-    "adamw_update",
-    "AdamW",
     "parameter_groups",
     "clip_gradients",
     "linear_cross_entropy",
@@ -19,31 +18,43 @@ __all__ = [
     "evaluate_loss",
     "bits_per_byte",
     "model_flops_utilization",
-    "TrainingDiverged",
+    "Update",
     "Engine",
-    "check_tensors",
-    "load_parameters",
     "Stream",
     "leap_limit",
+    "TrainState",
+    "StepInfo",
+    "train_step",
+    "stop_or_skip",
+    "Keeper",
+    "TrainResult",
+    "check_stream",
+    "train",
 ]
 
 # %% ../chapters/16_train.ipynb #c643bfa4
 import contextlib
+import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base.errors import CheckpointError, MiniLLMError
+from .base.errors import TrainingDiverged
 from .batches import IGNORE, Batch
-from .storage.checkpoints import shard_key
+from .storage.checkpoints import load_parameters, whole_shards
 from .transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 # %% ../chapters/16_train.ipynb #b319e40b
 Decay = Literal["cosine", "linear"]
@@ -54,57 +65,35 @@ BadStep = Literal["stop", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained. Sizes have no default.
+    """How a model is trained (chapter 16). Sizes have no default."""
 
-    Args:
-        steps: optimizer steps.
-        batch_size: rows of one optimizer step, over all processes and micro-batches together.
-        seq_len: tokens in a row, at most.
-        accumulation: micro-batches that a step is computed in; changes memory, not the result.
-        max_lr: learning rate after the warm-up.
-        min_lr_ratio: the last learning rate, as a share of max_lr.
-        warmup_steps: steps in which the learning rate rises from 0.
-        decay: "cosine" from the warm-up to the end, or "linear": constant, then straight down in the last part.
-        decay_fraction: that last part, as a share of steps.
-        weight_decay: of matrices; norms, biases and embeddings have none.
-        betas: how long AdamW's two means remember.
-        eps: added to the root of AdamW's second mean.
-        clip_norm: gradients are scaled down to this global norm; 0 means never.
-        dtype: of the matrix products; parameters and optimizer state stay float32.
-        compile: "auto" compiles runs that are long enough to earn the compilation back.
-        seed: of everything random in training.
-        log_every: steps between two lines of metrics; 0 means only at the end.
-        eval_every: steps between two evaluations; 0 means only at the end.
-        save_every: steps between two checkpoints; 0 means only at the end.
-        keep: checkpoints kept.
-        bad_step: what to do about a loss or gradient that is no number, or that leaps: "stop" the run, or "skip" the update.
-        spike: what a leap is: so many deviations above the median of the last 100 steps; 0 means that nothing is.
-        max_skips: bad steps in a row after which "skip" stops too.
-    """
-
-    steps: int
-    batch_size: int
-    seq_len: int
-    accumulation: int = 1
-    max_lr: float = 1e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 50
-    decay: Decay = "cosine"
-    decay_fraction: float = 0.3
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    dtype: Precision = "float32"
-    compile: Compile = "auto"
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 500
-    keep: int = 2
-    bad_step: BadStep = "stop"
-    spike: float = 0.0
-    max_skips: int = 10
+    steps: int  # optimizer steps
+    batch_size: int  # rows of one optimizer step, over all processes and micro-batches together
+    seq_len: int  # tokens in a row, at most
+    accumulation: int = 1  # micro-batches that a step is computed in; changes memory, not the result
+    max_lr: float = 1e-3  # learning rate after the warm-up
+    min_lr_ratio: float = 0.1  # the last learning rate, as a share of max_lr
+    warmup_steps: int = 50  # steps in which the learning rate rises from 0
+    decay: Decay = (
+        "cosine"  # from the warm-up to the end; "linear": constant, then straight down in the last part
+    )
+    decay_fraction: float = 0.3  # that last part, as a share of steps
+    weight_decay: float = 0.1  # of matrices; norms, biases and embeddings have none
+    betas: tuple[float, float] = (0.9, 0.95)  # how long AdamW's two means remember
+    eps: float = 1e-8  # added to the root of AdamW's second mean
+    clip_norm: float = 1.0  # gradients are scaled down to this global norm; 0 means never
+    dtype: Precision = "float32"  # of the matrix products; parameters and optimizer state stay float32
+    compile: Compile = "auto"  # "auto" compiles runs that are long enough to earn the compilation back
+    seed: int = 0  # of everything random in training
+    log_every: int = 10  # steps between two lines of metrics; 0 means only at the end
+    eval_every: int = 0  # steps between two evaluations; 0 means only at the end
+    save_every: int = 500  # steps between two checkpoints; 0 means only at the end
+    keep: int = 2  # checkpoints kept
+    bad_step: BadStep = "stop"  # the run, or "skip" the update, when loss or gradient is no number, or leaps
+    spike: float = (
+        0.0  # a leap: so many deviations above the median of the last 100 steps; 0 means that nothing is
+    )
+    max_skips: int = 10  # bad steps in a row after which "skip" stops too
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "accumulation", "keep", "max_skips"):
@@ -115,19 +104,22 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number that is not negative, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"batch_size must be a multiple of accumulation, got {self.batch_size} and {self.accumulation}"
-            )
+            both = f"{self.batch_size} and {self.accumulation}"
+            raise ValueError(f"batch_size must be a multiple of accumulation, got {both}")
         if not (0 < self.decay_fraction <= 1 and self.eps > 0 and all(0 <= beta < 1 for beta in self.betas)):
+            three = f"{self.decay_fraction}, {self.eps} and {self.betas}"
             raise ValueError(
-                "decay_fraction must be in (0, 1], eps above 0 and betas in [0, 1), "
-                f"got {self.decay_fraction}, {self.eps} and {self.betas}"
+                f"decay_fraction must be in (0, 1], eps above 0 and betas in [0, 1), got {three}"
             )
-        words = (("decay", Decay), ("dtype", Precision), ("compile", Compile), ("bad_step", BadStep))
-        for name, allowed in words:
-            if getattr(self, name) not in get_args(allowed):
+        for name, words in (
+            ("decay", Decay),
+            ("dtype", Precision),
+            ("compile", Compile),
+            ("bad_step", BadStep),
+        ):
+            if getattr(self, name) not in get_args(words):
                 raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}"
                 )
 
 
@@ -148,84 +140,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.max_lr + (low - config.max_lr) * done
 
 
-# %% ../chapters/16_train.ipynb #3d0e5431
-def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One step of AdamW on lists of tensors, in place.
-
-    Args:
-        params: the weights.
-        grads: their gradients.
-        states: of each tensor: the number of its "step"s, and the means "exp_avg" (m) and "exp_avg_sq" (v).
-        lr, betas, eps, weight_decay: see `AdamW`.
-    """
-    beta1, beta2 = betas
-    for state in states:
-        state["step"] += 1
-    t = [state["step"].item() for state in states]
-    m, v = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_lerp_(m, grads, 1 - beta1)
-    torch._foreach_mul_(v, beta2)
-    torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-    size = torch._foreach_sqrt(v)
-    torch._foreach_div_(size, [math.sqrt(1 - beta2**n) for n in t])
-    torch._foreach_add_(size, eps)
-    torch._foreach_addcdiv_(params, m, size, [-lr / (1 - beta1**n) for n in t])
-
-
-# %% ../chapters/16_train.ipynb #40be8712
-class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (chapter 16). Its state is that of `torch.optim.AdamW`, either can continue the other's.
-
-    Args:
-        params: parameters or groups of them.
-        lr: the learning rate.
-        betas: how long the two means remember.
-        eps: added to the root of the second mean.
-        weight_decay: the share of a weight that a step takes away, in units of lr.
-
-    Source: arXiv:1412.6980 algorithm 1; decoupled decay: arXiv:1711.05101 algorithm 2.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-    ):
-        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(
-                f"need lr >= 0, eps > 0, weight_decay >= 0, betas in [0, 1), got {lr}, {eps}, {weight_decay}, {betas}"
-            )
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update every parameter that has a gradient. `closure`, if given, computes loss and gradients first."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                    self.state[p] = {"step": torch.zeros(()), **zeros}
-            if params:
-                settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-                adamw_update(params, [p.grad for p in params], [self.state[p] for p in params], **settings)
-        return loss
-
-
 # %% ../chapters/16_train.ipynb #62bb829a
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for the matrices of linear maps; none for norms, biases and embeddings.
@@ -244,10 +158,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 # %% ../chapters/16_train.ipynb #4b52d1c2
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
-    """Scale all gradients by one factor so that their joint norm is at most `max_norm`; 0 only measures.
-
-    Returns:
-        The norm before clipping.
+    """Scale all gradients by one factor so that their joint norm is at most `max_norm`; 0 only measures. Gives the norm before.
 
     Source: arXiv:1211.5063.
     """
@@ -308,7 +219,7 @@ def linear_cross_entropy(
     n_targets: int | None = None,
     chunk_rows: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of softmax(hidden weightᵀ) without ever holding the (B, T, V) logits.
+    """The mean cross-entropy of softmax(hidden weightᵀ) in nats, without ever holding the (B, T, V) logits.
 
     The gradient is computed in the forward pass, chunk by chunk. Under autocast the products run in its dtype.
 
@@ -316,15 +227,11 @@ def linear_cross_entropy(
         hidden: final hidden states.
         weight: the head's weight.
         targets: token ids; -100 where there is nothing to predict: on a CPU those rows cost nothing.
-        n_targets: divisor of the sum; by default the number of targets here. With accumulation or several processes, the
-            number in the whole batch.
+        n_targets: divisor of the sum, if these rows are a part of a batch; by default the number of targets here.
         chunk_rows: rows of logits that exist at a time.
 
-    Returns:
-        The mean loss in nats.
-
     Raises:
-        ValueError: there is no target, and no `n_targets` to say that this is only a part.
+        ValueError: there is no target, and no `n_targets`.
 
     Source: arXiv:2411.09009 (cut cross-entropy), arXiv:2410.10989 (Liger kernels).
     """
@@ -354,13 +261,7 @@ def head_weight(model: Transformer) -> Float[Tensor, "V D"]:
 
 # %% ../chapters/16_train.ipynb #56d27b14
 def batch_loss(model: Transformer, batch: Batch, n_targets: int | None = None) -> Float[Tensor, ""]:
-    """The mean loss of a batch in nats per target.
-
-    Args:
-        model: the model.
-        batch: on the model's device.
-        n_targets: divisor, by default the batch's own number of targets; see `linear_cross_entropy`.
-    """
+    """The mean loss of a batch in nats per target; `n_targets` is as in `linear_cross_entropy`."""
     hidden = model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask())
     n_targets = batch.n_targets if n_targets is None else n_targets
     return linear_cross_entropy(hidden, head_weight(model), batch.targets, n_targets=n_targets)
@@ -391,23 +292,18 @@ def evaluate_loss(
         engine: of several processes: each gives its share of the same batches, and all get the mean over all shares.
     """
     device, was_training = model.embed.weight.device, model.training
+    loss_of = partial(batch_loss, model) if engine is None else partial(engine.loss, batch_loss)
     model.eval()
     total, count = 0.0, 0
-    for number, batch in enumerate(batches):
-        if max_batches is not None and number >= max_batches:
-            break
+    for batch in islice(batches, max_batches):
         if batch.n_targets or engine is not None:  # the others wait for our part, even if it has no target
             divisor = max(1, batch.n_targets)
             with autocast(device, dtype):
-                if engine is None:
-                    loss = batch_loss(model, batch.to(device), divisor)
-                else:
-                    loss = engine.loss(batch_loss, batch.to(device), divisor)
-            total += loss.item() * divisor
+                total += loss_of(batch.to(device), divisor).item() * divisor
             count += batch.n_targets
     model.train(was_training)
     if engine is not None:
-        total, count = engine.total(total), int(engine.total(float(count)))
+        total, count = engine.sum_over(total), int(engine.sum_over(float(count)))
     if not count:
         raise ValueError("no target in the batches: there is nothing to evaluate")
     return total / count
@@ -421,23 +317,21 @@ def bits_per_byte(loss_nats: float, n_tokens: int, n_bytes: int) -> float:
 
 # %% ../chapters/16_train.ipynb #990fc691
 def model_flops_utilization(tokens_per_s: float, flops_per_token: float, peak: float) -> float:
-    """The share of the machine's matrix rate that training uses for the model itself.
-
-    Source: arXiv:2204.02311, appendix B.
-    """
+    """The share of the machine's matrix rate that training uses for the model itself. Source: arXiv:2204.02311, appendix B."""
     return tokens_per_s * flops_per_token / peak
 
 
 # %% ../chapters/16_train.ipynb #c10f38d9
-class TrainingDiverged(MiniLLMError):
-    """The loss or the gradient is no longer a number."""
+class Update(NamedTuple):
+    """What an optimizer step did: the gradient's norm before clipping, and whether the weights were updated (chapter 16)."""
+
+    norm: float
+    applied: bool
 
 
 # %% ../chapters/16_train.ipynb #73450be8
 class Engine:
-    """Who owns parameters, gradients and optimizer state: here one process. Chapter 18 has others with these methods.
-
-    `norm_limit` is set by the loop before each step: with a gradient norm that is not below it nothing is updated.
+    """Who owns parameters, gradients and optimizer state: here one process (chapter 16). Chapter 18 has others with these methods.
 
     Args:
         model: its parameters are trained, in float32.
@@ -449,29 +343,28 @@ class Engine:
 
     rank = 0
     world_size = 1
-    norm_limit = math.inf
     compiles = True  # whether `model.hidden` may be compiled under it
     sharded = False  # whether every process writes its own part of a checkpoint
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         for name, p in model.named_parameters():
             if p.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"{name} is {p.dtype}, in which small updates are lost: call model.float(), and set dtype='bfloat16' "
-                    "for products in 16 bits"
-                )
-        self.model, self.config = model, config
+                way = "call model.float(), and set dtype='bfloat16' for products in 16 bits"
+                raise ValueError(f"{name} is {p.dtype}, in which small updates are lost: {way}")
+        self.model, self.config, self.device = model, config, next(model.parameters()).device
+        settings = {"lr": config.max_lr, "betas": config.betas, "eps": config.eps}
+        fused = self.device.type in ("cpu", "cuda", "mps")
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay),
-            lr=config.max_lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=next(model.parameters()).device.type in ("cpu", "cuda", "mps"),
+            parameter_groups(model, config.weight_decay), **settings, fused=fused
         )
 
-    def total(self, value: float) -> float:
+    def sum_over(self, value: float) -> float:
         """The sum of a number over all processes."""
         return value
+
+    def first(self, value: Any) -> Any:
+        """What process 0 has given, for all: a small picklable value."""
+        return self.gather_objects(value)[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A small picklable value of every process, by rank."""
@@ -489,15 +382,16 @@ class Engine:
         """Add this loss's gradients."""
         loss.backward()
 
-    def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients. Returns the norm before clipping; nothing is updated unless it is below the limit."""
+    def step(self, lr: float, limit: float = math.inf) -> Update:
+        """Clip, update, clear the gradients; unless their norm is below `limit`, nothing is updated."""
         norm = clip_gradients(self.model.parameters(), self.config.clip_norm).item()
-        if norm < self.norm_limit:  # not so for nan, and for infinity
+        applied = norm < limit  # not so for nan, and for infinity
+        if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return Update(norm, applied)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything to save, by parameter name, on process 0: groups "model" and "optimizer". All processes call it."""
@@ -507,52 +401,18 @@ class Engine:
         return {"model": {name: p.detach() for name, p in named.items()}, "optimizer": kept}
 
     def shards(self) -> dict[str, dict[str, Tensor]]:
-        """This process's part of `tensors`, in runs of elements; keys by `checkpoint.shard_key`."""
-        return {
-            group: {shard_key(name, 0, tensor.shape): tensor.flatten() for name, tensor in named.items()}
-            for group, named in self.tensors().items()
-        }
+        """This process's part of `tensors`, in runs of elements; keys by `storage.checkpoints.shard_key`."""
+        return whole_shards(self.tensors())
 
     @torch.no_grad()
     def load_tensors(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take back what `tensors` gave.
-
-        Raises:
-            CheckpointError: names or shapes differ.
-        """
+        """Take back what `tensors` gave; a CheckpointError if names or shapes differ."""
         load_parameters(self.model, groups["model"])
         for name, p in self.model.named_parameters():
             keys = [
                 key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in groups["optimizer"]
             ]
             self.optimizer.state[p] = {key: groups["optimizer"][f"{name}.{key}"].clone() for key in keys}
-
-
-# %% ../chapters/16_train.ipynb #54cfdc03
-def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors must have the names and shapes of a model's parameters.
-
-    Raises:
-        CheckpointError: which names or shapes differ.
-    """
-    named = dict(model.named_parameters())
-    if named.keys() != tensors.keys():
-        missing, extra = sorted(named.keys() - tensors.keys())[:3], sorted(tensors.keys() - named.keys())[:3]
-        raise CheckpointError(f"the checkpoint does not fit the model: missing {missing}, unknown {extra}")
-    for name, p in named.items():
-        if p.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{name}: the checkpoint has {tuple(tensors[name].shape)}, the model {tuple(p.shape)}"
-            )
-
-
-# %% ../chapters/16_train.ipynb #b23241db
-@torch.no_grad()
-def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a model's parameters by name, after `check_tensors`."""
-    check_tensors(model, tensors)
-    for name, p in model.named_parameters():
-        p.copy_(tensors[name])
 
 
 # %% ../chapters/16_train.ipynb #e7a9aace
@@ -570,12 +430,203 @@ class Stream(Protocol):
 
 # %% ../chapters/16_train.ipynb #96bd7119
 def leap_limit(history: Sequence[float], deviations: float) -> float:
-    """The height from which on a value is a leap: so many robust deviations above the median; infinite with little history.
-
-    For normal numbers 1.4826 times the median distance from the median is the standard deviation.
-    """
+    """The height from which on a value is a leap: so many robust deviations above the median; infinite with little history."""
     if not deviations or len(history) < 20:
         return math.inf
     middle = statistics.median(history)
+    # Of normal numbers the standard deviation is 1.4826 times the median distance from the median.
     spread = 1.4826 * statistics.median(abs(value - middle) for value in history)
     return middle + deviations * max(spread, 0.01 * abs(middle))
+
+
+# %% ../chapters/16_train.ipynb #f1c998d7
+@dataclass
+class TrainState:
+    """How far a run is: all that a step changes beside weights, optimizer, loader and random numbers (chapter 16)."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skips_in_a_row: int = 0
+    recent: dict[str, list[float]] = field(default_factory=lambda: {"loss_nats": [], "grad_norm": []})
+
+
+# %% ../chapters/16_train.ipynb #a02663b4
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """What one step did (chapter 16). `tokens` and `skipped` count from the run's beginning, `n_targets` is this step's."""
+
+    step: int
+    tokens: int
+    loss_nats: float
+    lr: float
+    grad_norm: float
+    skipped: int
+    n_targets: int
+    seconds: float
+    reason: str = ""  # why the weights were not updated
+    batch: Any = None  # of a step that was not made, to be looked at
+
+    def line(self) -> dict[str, Any]:
+        """The part that is logged."""
+        return {
+            name: getattr(self, name)
+            for name in ("step", "tokens", "loss_nats", "lr", "grad_norm", "skipped")
+        }
+
+
+# %% ../chapters/16_train.ipynb #c5b2d799
+def train_step(
+    engine: Engine,
+    loader: Stream,
+    config: TrainConfig,
+    state: TrainState,
+    loss_fn: Callable[..., Tensor] = batch_loss,
+) -> StepInfo:
+    """One optimizer step, booked in `state`. A bad one leaves the weights as they were, and says so by its `reason`."""
+    start, batch = time.perf_counter(), next(loader)
+    n_targets = int(engine.sum_over(float(batch.n_targets)))
+    loss = torch.zeros((), device=engine.device)
+    for part in batch.split(
+        config.accumulation
+    ):  # all: a process that skips one would leave the others waiting
+        with autocast(engine.device, config.dtype):
+            part_loss = engine.loss(loss_fn, part.to(engine.device), n_targets)
+        engine.backward(part_loss)
+        loss += part_loss.detach()
+    loss_nats, lr = engine.sum_over(loss.item()), learning_rate(state.step + 1, config)
+    limit = {name: leap_limit(values, config.spike) for name, values in state.recent.items()}
+    usual = math.isfinite(loss_nats) and loss_nats < limit["loss_nats"]
+    norm, applied = engine.step(lr, limit["grad_norm"] if usual else -1.0)  # no norm is below -1
+    state.step += 1
+    if applied:
+        state.tokens, state.skips_in_a_row, reason = state.tokens + n_targets, 0, ""
+        for name, value in (("loss_nats", loss_nats), ("grad_norm", norm)):
+            state.recent[name] = [*state.recent[name][-99:], value]
+    else:
+        state.skipped, state.skips_in_a_row = state.skipped + 1, state.skips_in_a_row + 1
+        reason = "a leap" if math.isfinite(loss_nats) and math.isfinite(norm) else "not a finite number"
+    seconds = time.perf_counter() - start
+    state.seconds += seconds
+    return StepInfo(
+        step=state.step,
+        tokens=state.tokens,
+        loss_nats=loss_nats,
+        lr=lr,
+        grad_norm=norm,
+        skipped=state.skipped,
+        n_targets=n_targets if applied else 0,
+        seconds=seconds,
+        reason=reason,
+        batch=None if applied else batch,
+    )
+
+
+# %% ../chapters/16_train.ipynb #61a98fe5
+def stop_or_skip(info: StepInfo, state: TrainState, config: TrainConfig, where: str = "") -> None:
+    """What to do about a step that was not made; `where` says in which file its batch is.
+
+    Raises:
+        TrainingDiverged: the config does not say "skip", or there were too many in a row.
+    """
+    skip = config.bad_step == "skip"
+    said = f"step {info.step}: {info.reason}: loss {info.loss_nats:.4g}, gradient norm {info.grad_norm:.4g}{where}"
+    if skip and state.skips_in_a_row <= config.max_skips:
+        log.warning("%s; step skipped", said)
+        return
+    row = f" ({state.skips_in_a_row} in a row)" if skip else ""
+    way = "lengthen warmup_steps, look at the batch, or resume with bad_step='skip'"
+    raise TrainingDiverged(
+        f"{said}{row}; the parameters are those of step {info.step - 1}. Lower max_lr ({config.max_lr}), {way}"
+    )
+
+
+# %% ../chapters/16_train.ipynb #4a69bb60
+class Keeper:
+    """What happens around the steps of a run: here next to nothing (chapter 16). `runs.keeper.RunKeeper` keeps a folder."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []  # of metrics
+
+    def resume(self, engine: Engine, loader: Stream, config: TrainConfig) -> TrainState:
+        """Where to begin; engine and loader are there when it returns."""
+        return TrainState()
+
+    def record(self, info: StepInfo) -> str:
+        """Keep the batch of a step that was not made; says where."""
+        return ""
+
+    def after_step(self, info: StepInfo) -> None:
+        """Called after every step."""
+        self.lines.append(info.line())
+
+    def close(self) -> None:
+        """Called at the end, however it came."""
+
+
+# %% ../chapters/16_train.ipynb #5ac54a7a
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run says of itself (chapter 16). `metrics` are its keeper's lines, `loss_nats` is the last line's."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    loss_nats: float
+    metrics: list[dict[str, Any]]
+
+
+# %% ../chapters/16_train.ipynb #661f53e5
+def check_stream(loader: Stream, config: TrainConfig, engine: Engine) -> None:
+    """Loader, config and engine must speak of the same batches, or a ValueError says where they differ."""
+    (rows, length), same = (loader.batch_size, loader.seq_len), (config.batch_size, config.seq_len)
+    if (rows, length) != same:
+        raise ValueError(
+            f"the loader has batch_size {rows} and seq_len {length}, the config {same[0]} and {same[1]}"
+        )
+    parts, n = getattr(loader, "world_size", engine.world_size), engine.world_size
+    if parts != n:
+        said = f"the loader cuts batches for {parts} processes, the engine has {n}"
+        raise ValueError(f"{said}: give Loader the engine's rank and world_size")
+
+
+# %% ../chapters/16_train.ipynb #192afa50
+def train(
+    model: Transformer,
+    loader: Stream,
+    config: TrainConfig,
+    *,
+    engine: Engine | None = None,
+    keeper: Keeper | None = None,
+    loss_fn: Callable[..., Tensor] = batch_loss,
+) -> TrainResult:
+    """Train a model to `config.steps`, in place.
+
+    Args:
+        model: on its device.
+        loader: with the batch size and row length of `config`.
+        engine: who owns gradients and optimizer; by default this process.
+        keeper: who logs, evaluates, saves and resumes; by default nobody. `runs.keeper.RunKeeper` does.
+        loss_fn: `loss_fn(model, batch, n_targets)`: the sum of a batch's losses divided by `n_targets`.
+
+    Raises:
+        TrainingDiverged: a loss or gradient is not finite, or leaps.
+        ValueError: loader and config disagree.
+    """
+    engine, keeper = engine or Engine(model, config), keeper or Keeper()
+    check_stream(loader, config, engine)
+    torch.manual_seed(config.seed)
+    try:
+        state = keeper.resume(engine, loader, config)
+        model.train()
+        while state.step < config.steps:
+            info = train_step(engine, loader, config, state, loss_fn)
+            if info.reason:
+                stop_or_skip(info, state, config, where=keeper.record(info))
+            keeper.after_step(info)
+    finally:
+        keeper.close()
+    last = keeper.lines[-1]["loss_nats"] if keeper.lines else None
+    counts = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+    return TrainResult(**counts, loss_nats=math.nan if last is None else last, metrics=keeper.lines)

@@ -40,8 +40,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .storage.checkpoints import shard_key
-from .train import Engine, TrainConfig, check_tensors, parameter_groups
+from .storage.checkpoints import check_tensors, shard_key
+from .train import Engine, TrainConfig, Update, parameter_groups
 from .transformer import ModelConfig, activation_bytes, count_parameters
 
 
@@ -145,7 +145,7 @@ class Ring:
         self.all_gather(padded, share)
         x.copy_(padded[: len(x)])
 
-    def total(self, value: float) -> float:
+    def sum_over(self, value: float) -> float:
         """The sum of a number over all processes, in float64."""
         x = torch.full((self.world_size,), value, dtype=torch.float64)
         kept, _ = self.sent_bytes, self.all_reduce(x)
@@ -189,7 +189,7 @@ class Wire(Ring):
     def all_reduce(self, x: Float[Tensor, "all"]) -> Any:
         return dist.all_reduce(x, async_op=True) if self.count(x, 2) else None
 
-    def total(self, value: float) -> float:
+    def sum_over(self, value: float) -> float:
         if self.world_size == 1:
             return value
         x = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -333,14 +333,14 @@ class Joined(Engine):
 
     def __init__(self, model: nn.Module, config: TrainConfig, wire: Ring | None = None):
         super().__init__(model, config)  # refuses parameters in 16 bits
-        self.wire = wire or Wire(next(model.parameters()).device)
+        self.wire = wire or Wire(self.device)
         self.rank, self.world_size = self.wire.rank, self.wire.world_size
         if self.world_size > 1:
             for p in model.parameters():
                 dist.broadcast(p.data, 0)
 
-    def total(self, value: float) -> float:
-        return self.wire.total(value)
+    def sum_over(self, value: float) -> float:
+        return self.wire.sum_over(value)
 
     def gather_objects(self, value: Any) -> list[Any]:
         return self.wire.gather_objects(value)
@@ -414,18 +414,19 @@ class DataParallel(Joined):
         grads = [view for unit in self.units if unit.grad is not None for _, view in unit.views(unit.grad)]
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limit: float = math.inf) -> Update:
         self.settle()
-        norm, limit = self.norm(), self.config.clip_norm
-        if norm.item() < self.norm_limit:
-            scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
+        norm, longest = self.norm(), self.config.clip_norm
+        applied = norm.item() < limit
+        if applied:
+            scale = (longest / (norm + 1e-6)).clamp(max=1.0) if longest > 0 else torch.ones_like(norm)
             works = []
             for unit, optimizer in zip(self.units, self.optimizers):
                 update_shard(unit, optimizer, lr, scale)
                 works.append(self.publish(unit))
             wait_for(works)
         self.clear()
-        return norm.item()
+        return Update(norm.item(), applied)
 
     def publish(self, unit: FlatUnit) -> Any:
         """Begin to tell the others our slice of the updated parameters: here they have computed it themselves."""
@@ -468,7 +469,7 @@ class Zero1(DataParallel):
         pieces = [piece for unit in self.units for _, _, piece in unit.pieces(unit.grad)]  # type: ignore[arg-type]
         norms = torch._foreach_norm(pieces, dtype=torch.float32) if pieces else []
         squares = torch.stack(norms).double().square().sum().item() if norms else 0.0
-        return torch.tensor(math.sqrt(self.total(squares)), device=self.units[0].shard.device)
+        return torch.tensor(math.sqrt(self.sum_over(squares)), device=self.units[0].shard.device)
 
     def publish(self, unit: FlatUnit) -> Any:
         return self.wire.all_gather(unit.full, unit.shard)
@@ -511,7 +512,7 @@ class Zero3(Zero2):
             )
         super().__init__(model, config, **options)
         self.works: dict[int, Any] = {}
-        self.first = int(self.modules[0] is None)
+        self.outside = int(self.modules[0] is None)
         for index, (unit, module) in enumerate(zip(self.units, self.modules)):
             self.free(unit)
             if module is not None:
@@ -532,7 +533,7 @@ class Zero3(Zero2):
         if index in self.works:
             wait_for([self.works.pop(index)])
             self.units[index].whole = True
-        if following is not None and self.first <= following < len(self.units):
+        if following is not None and self.outside <= following < len(self.units):
             self.begin(following)
 
     def free(self, unit: FlatUnit) -> None:
@@ -551,7 +552,7 @@ class Zero3(Zero2):
 
     def begin_outside(self) -> None:
         """Fetch what is outside the blocks."""
-        if self.first:
+        if self.outside:
             self.fetch(0)
 
     @contextlib.contextmanager

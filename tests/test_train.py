@@ -18,29 +18,28 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import train as training
-from minillm.base.errors import CheckpointError
+from minillm.base.errors import CheckpointError, Interrupted, TrainingDiverged
 from minillm.base.machine import peak_flops
 from minillm.batches import IGNORE, Loader, make_batch
 from minillm.check import check, laws
-from minillm.runs.keeper import should_compile, train
+from minillm.runs import keeper
+from minillm.runs.keeper import RunKeeper, should_compile
 from minillm.runs.recipes import recipe
-from minillm.runs.signals import Interrupted, catch_signals
-from minillm.storage.checkpoints import latest_checkpoint, load_checkpoint
+from minillm.runs.signals import catch_signals
+from minillm.storage.checkpoints import latest_checkpoint, load_checkpoint, load_parameters
 from minillm.storage.shards import TokenShards, write_shards
 from minillm.train import (
-    AdamW,
     Engine,
     TrainConfig,
-    TrainingDiverged,
     batch_loss,
     bits_per_byte,
     clip_gradients,
     evaluate_loss,
     learning_rate,
     linear_cross_entropy,
-    load_parameters,
     model_flops_utilization,
     parameter_groups,
+    train,
 )
 from minillm.transformer import ModelConfig, Transformer
 
@@ -76,16 +75,16 @@ def make(data, config=CONFIG, **shape):
     return model, Loader(data, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed)
 
 
-def quiet(model, loader, config=CONFIG, **options):
-    return train(model, loader, config, progress=False, **options)
+def quiet(model, loader, config=CONFIG, *, run_dir=None, eval_fn=None, on_step=None, **options):
+    kept = RunKeeper(run_dir, eval_fn=eval_fn, on_step=on_step, progress=False)
+    return train(model, loader, config, keeper=kept, **options)
 
 
 def adamw(theta, grad, m, v, t, lr, betas, eps, weight_decay):
-    """The package's update, in the form of the exercise."""
-    state = {"step": torch.tensor(float(t - 1)), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
-    theta = theta.clone()
-    training.adamw_update([theta], [grad], [state], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    return theta, state["exp_avg"], state["exp_avg_sq"]
+    """One step for one tensor, as the exercise asks for it."""
+    m, v = betas[0] * m + (1 - betas[0]) * grad, betas[1] * v + (1 - betas[1]) * grad**2
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    return theta * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps), m, v
 
 
 def cross_entropy_grad(logits, targets):
@@ -131,87 +130,22 @@ def test_check_names_the_broken_law(exercise, wrong, law):
 # ---------------------------------------------------------------- the optimizer
 
 
-def test_adamw_equals_torch_and_the_slow_reference():
+def test_the_optimizer_that_trains_equals_the_slow_reference():
     torch.manual_seed(1)
     start = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (5,), (2, 2, 2))]
     grads = [[torch.randn_like(p) for p in start] for _ in range(12)]
-    settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3}
-    results = []
-    for kind in (AdamW, torch.optim.AdamW):
-        params = [torch.nn.Parameter(p.clone()) for p in start]
-        groups = [{"params": params[:2], "weight_decay": 0.2}, {"params": params[2:], "weight_decay": 0.0}]
-        optimizer = kind(groups, **settings)
-        for step in grads:
-            for p, grad in zip(params, step):
-                p.grad = grad.clone()
-            optimizer.step()
-        results.append([p.detach() for p in params])
-    for i, (ours, theirs) in enumerate(zip(*results)):
-        assert_close(ours, theirs)
-        assert_close(
-            ours,
-            adamw_reference(start[i], [step[i] for step in grads], **settings, weight_decay=0.2 * (i < 2)),
-        )
-
-
-@pytest.mark.parametrize(("first", "second"), [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW)])
-def test_either_adamw_continues_the_other(first, second):
-    settings = {"lr": 0.03, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    grads = [torch.randn(5, dtype=torch.float64) for _ in range(6)]
-    ends = []
-    for kinds in ((first, first), (first, second)):
-        p = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
-        optimizer = kinds[0]([p], **settings)
-        for number, grad in enumerate(grads):
-            if number == 3:
-                state = optimizer.state_dict()
-                optimizer = kinds[1]([p], **settings)
-                optimizer.load_state_dict(state)
+    layers = torch.nn.ParameterList([p.clone() for p in start])
+    engine = Engine(layers, replace(CONFIG, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2, clip_norm=0.0))
+    for step in grads:
+        for p, grad in zip(layers, step):
             p.grad = grad.clone()
-            optimizer.step()
-        ends.append(p.detach())
-    assert_close(*ends)
-
-
-def test_adamw_counts_the_steps_of_each_tensor():
-    late, always = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    optimizer = AdamW([late, always], lr=0.1, weight_decay=0.0)
-    always.grad = torch.ones(1)
-    optimizer.step()
-    late.grad = torch.full((1,), 7.0)
-    optimizer.step()
-    assert late.item() == pytest.approx(-0.1)  # its first step
-
-
-def test_adamw_calls_a_closure_with_gradients_on():
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = AdamW([p], lr=0.1)
-
-    def closure():
-        loss = p.square().sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == 2.0
-    assert (p < 1).all()
-
-
-def test_adamw_moves_only_what_has_a_gradient():
-    moved, left = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    optimizer = AdamW([moved, left])
-    moved.grad = torch.ones(3)
-    optimizer.step()
-    assert (moved != 1).all()
-    assert torch.equal(left, torch.ones(3))
-    assert left not in optimizer.state
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"lr": -1.0}, {"eps": 0.0}, {"betas": (1.0, 0.9)}, {"weight_decay": -0.1}], ids=str
-)
-def test_adamw_refuses_impossible_settings(wrong):
-    with pytest.raises(ValueError, match=r"need lr >= 0, eps > 0, weight_decay >= 0"):
-        AdamW([torch.nn.Parameter(torch.ones(1))], **wrong)
+        assert engine.step(0.03).applied
+    settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3}
+    for i, (p, first) in enumerate(zip(layers, start)):
+        decay = 0.2 * (first.dim() > 1)
+        assert_close(
+            p.detach(), adamw_reference(first, [step[i] for step in grads], **settings, weight_decay=decay)
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -622,12 +556,12 @@ def test_the_metrics_say_what_happened(data, tmp_path):
     assert lines == result.metrics
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     assert [line["step"] for line in lines if "answer" in line] == [6, 12]
-    assert [info["step"] for info in seen] == list(range(1, 13))
-    counts = [0, *(info["tokens"] for info in seen)]
+    assert [info.step for info in seen] == list(range(1, 13))
+    counts = [0, *(info.tokens for info in seen)]
     for line in lines:
-        steps = [info for info in seen if line["step"] - 3 < info["step"] <= line["step"]]
-        weights = [counts[info["step"]] - counts[info["step"] - 1] for info in steps]
-        mean = sum(info["loss_nats"] * n for info, n in zip(steps, weights)) / sum(weights)
+        steps = [info for info in seen if line["step"] - 3 < info.step <= line["step"]]
+        weights = [counts[info.step] - counts[info.step - 1] for info in steps]
+        mean = sum(info.loss_nats * n for info, n in zip(steps, weights)) / sum(weights)
         assert line["loss_nats"] == pytest.approx(mean)
         assert line["lr"] == learning_rate(line["step"], config)
         assert line["tokens"] == counts[line["step"]]
@@ -689,7 +623,7 @@ def uninterrupted(data, tmp_path_factory):
 
 def stop_at(step, number=signal.SIGTERM):
     def on_step(info):
-        if info["step"] == step:
+        if info.step == step:
             os.kill(os.getpid(), number)
 
     return on_step
@@ -737,7 +671,7 @@ class Crash(Exception):
 
 def crash_at(step):
     def on_step(info):
-        if info["step"] == step:
+        if info.step == step:
             raise Crash
 
     return on_step
@@ -760,7 +694,7 @@ def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, uninterrupted, name
     assert newest.name == "step-00000008"
     damage(newest / name)
     steps = []
-    quiet(*make(data), run_dir=tmp_path, on_step=lambda info: steps.append(info["step"]))
+    quiet(*make(data), run_dir=tmp_path, on_step=lambda info: steps.append(info.step))
     assert steps[0] == 5, "it must go on from the checkpoint before"
     assert "falling back" in caplog.text
     assert_same(contents(tmp_path), uninterrupted["float32"])
@@ -834,7 +768,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_nothing_is_saved(data, tmp_p
     before = {}
 
     def poison(info):
-        if info["step"] == 5:
+        if info.step == 5:
             if where == "weights":
                 model.embed.weight.data[7] = math.nan
             else:
@@ -854,10 +788,10 @@ PROGRAM = """
 import sys, time
 sys.path.insert(0, sys.argv[3])
 import test_train as here
-from minillm.batches import TokenShards
+from minillm.storage.shards import TokenShards
 config = here.replace(here.CONFIG, steps=40, save_every=1, log_every=1)
 here.quiet(*here.make(TokenShards(sys.argv[1]), config), config, run_dir=sys.argv[2],
-           on_step=lambda info: (print(info["step"], flush=True), time.sleep(0.02)))
+           on_step=lambda info: (print(info.step, flush=True), time.sleep(0.02)))
 """
 
 
@@ -895,7 +829,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(data, tmp_path):
 @pytest.mark.slow
 def test_a_second_signal_is_not_waited_for():
     code = (
-        "import os, signal, time\nfrom minillm.train import catch_signals\n"
+        "import os, signal, time\nfrom minillm.runs.signals import catch_signals\n"
         "with catch_signals() as caught:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print(caught, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still here')"
@@ -947,10 +881,10 @@ def test_the_peak_is_that_of_the_data_sheet_or_measured(monkeypatch):
 def test_only_long_runs_are_compiled(monkeypatch):
     model = Transformer(SHAPE)
     long = replace(CONFIG, steps=10**12)
-    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    monkeypatch.setattr(keeper.shutil, "which", lambda name: None)
     assert not should_compile(model, long), "there is no compiler"
     assert should_compile(model, replace(long, compile="on")), "who asks for it gets the error"
-    monkeypatch.setattr(training.shutil, "which", lambda name: name == "g++" or None)
+    monkeypatch.setattr(keeper.shutil, "which", lambda name: name == "g++" or None)
     assert not should_compile(model, CONFIG)
     assert should_compile(model, long)
     assert not should_compile(model, replace(long, compile="off"))
@@ -963,7 +897,7 @@ sys.path.insert(0, sys.argv[2])
 import torch
 from dataclasses import replace
 import test_train as here
-from minillm.batches import TokenShards
+from minillm.storage.shards import TokenShards
 errors = []
 for change in ({"decay": "square"}, {"dtype": "float16"}, {"compile": "maybe"}):
     try:
@@ -1009,16 +943,16 @@ def test_another_engine_can_take_over(data):
     class Doubled(Engine):
         world_size = 2
 
-        def total(self, value):
+        def sum_over(self, value):
             return 2 * value
 
         def backward(self, loss):
             log.append("backward")
             super().backward(2 * loss)
 
-        def step(self, lr):
+        def step(self, lr, limit):
             log.append(lr)
-            return super().step(lr)
+            return super().step(lr, limit)
 
     class Everything:
         """The whole batch for each process, as if it were its share."""

@@ -19,8 +19,8 @@ from zero_workers import CONFIG, SHAPE, STAGES
 
 from minillm import zero
 from minillm.base import machine
-from minillm.base.errors import CheckpointError
-from minillm.base.processes import WorkersFailed, run_processes
+from minillm.base.errors import CheckpointError, WorkersFailed
+from minillm.base.processes import run_processes
 from minillm.check import check, laws
 from minillm.cli import main
 from minillm.hub.own import load_model

@@ -10,17 +10,17 @@ import torch.distributed as dist
 
 from benchmarks.zero import held
 from minillm import train as training
-from minillm.base import machine
+from minillm.base.errors import TrainingDiverged
 from minillm.base.machine import held_bytes
 from minillm.batches import Loader
+from minillm.runs import keeper
 from minillm.runs.engines import make_engine
-from minillm.runs.keeper import train
 from minillm.storage.shards import TokenShards, write_shards
-from minillm.train import TrainConfig, TrainingDiverged, batch_loss
+from minillm.train import TrainConfig, batch_loss, train
 from minillm.transformer import ModelConfig, Transformer
 from minillm.zero import DataParallel, Ring, Wire, Zero1, Zero2, Zero3, wait_for
 
-machine.peak_flops = lambda dtype, device: 1e11  # measuring it takes longer than the runs here
+keeper.peak_flops = lambda dtype, device: 1e11  # measuring it takes longer than the runs here
 VOCAB = 61
 SHAPE = ModelConfig(
     vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=52, max_seq_len=32, tied=True
@@ -71,16 +71,17 @@ def run(data, settings, config=CONFIG, shape=SHAPE, run_dir=None, stop_at=0, blo
 
     def note(info):
         steps.append(info)
-        if info["step"] == stop_at:
+        if info.step == stop_at:
             raise Stop
-        if blow and (wire.rank, info["step"]) == blow[:2]:
+        if blow and (wire.rank, info.step) == blow[:2]:
             os.kill(os.getpid(), blow[2])
 
     try:
-        train(model, loader, config, engine=engine, run_dir=run_dir, on_step=note, progress=False)
+        kept = keeper.RunKeeper(run_dir, on_step=note, progress=False)
+        train(model, loader, config, engine=engine, keeper=kept)
     except Stop:
         return None
-    return [s["loss_nats"] for s in steps], [s["grad_norm"] for s in steps], engine.tensors()
+    return [s.loss_nats for s in steps], [s.grad_norm for s in steps], engine.tensors()
 
 
 def several(data, jobs):
@@ -107,7 +108,7 @@ def collectives(n_elements):
         odd = torch.arange(5.0) * (wire.rank + 1)  # does not divide
         wait_for([wire.all_reduce(odd)])
         sent = [after - before for before, after in zip(sent, sent[1:])]
-        total = wire.total(0.5 + wire.rank), wire.gather_objects(wire.rank)
+        total = wire.sum_over(0.5 + wire.rank), wire.gather_objects(wire.rank)
         found[type(wire).__name__] = (share, gathered, reduced, expected, odd, sent, total)
     return found
 
@@ -125,7 +126,7 @@ def one_step(data, kinds, shape=SHAPE, accumulation=1, ring=False):
         engine = make_engine(model, config, settings)
         engine.wire = wire or engine.wire
         batch = next(loader)
-        n_targets = int(engine.total(float(batch.n_targets)))
+        n_targets = int(engine.sum_over(float(batch.n_targets)))
         before = engine.wire.sent_bytes
         for step in range(2):
             for part in batch.split(accumulation):
@@ -156,9 +157,8 @@ def refuse(data, kinds):
 
         def step(limit, engine=engine, loader=loader):
             batch = next(loader)
-            engine.backward(engine.loss(batch_loss, batch, int(engine.total(float(batch.n_targets)))))
-            engine.norm_limit = limit
-            return engine.step(1e-2)
+            engine.backward(engine.loss(batch_loss, batch, int(engine.sum_over(float(batch.n_targets)))))
+            return engine.step(1e-2, limit)
 
         step(float("inf"))
         before = copy.deepcopy(engine.tensors())
@@ -192,7 +192,7 @@ def whole_at_a_time(data):
         block.mlp.register_forward_hook(look)
         block.mlp.register_full_backward_hook(look)
     batch = next(loader)
-    engine.backward(engine.loss(batch_loss, batch, int(engine.total(float(batch.n_targets)))))
+    engine.backward(engine.loss(batch_loss, batch, int(engine.sum_over(float(batch.n_targets)))))
     engine.step(1e-3)
     return max(seen), len(seen), sum(unit.full.untyped_storage().nbytes() for unit in engine.units)
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from minillm.base.errors import MiniLLMError, PeerLost
+from minillm.base.errors import PeerLost, WorkersFailed
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """The processes of a run, and which of them this one is. `local_rank` counts those of one machine."""
+class Peers:
+    """The processes that make a run together, and which of them this one is. `local_rank` counts those of one machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -67,8 +67,8 @@ def process_group(
     timeout_s: float = 600.0,
     always: bool = False,
     init_method: str = "env://",
-) -> Iterator[World]:
-    """Join the other processes of a run, and leave them in good order; a World of one if nobody launched several.
+) -> Iterator[Peers]:
+    """Join the other processes of a run, and leave them in good order; `Peers` of one if nobody launched several.
 
     torchrun, deepspeed and Slurm's srun with torchrun tell a process who it is by RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR and MASTER_PORT: that is their protocol, and the only place in the package that reads the environment.
@@ -85,7 +85,7 @@ def process_group(
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     if world_size == 1 and not always:
-        yield World()
+        yield Peers()
         return
     import torch.distributed as dist
 
@@ -102,14 +102,10 @@ def process_group(
             patient: Any = dist.new_group(backend="gloo", timeout=timeout)
             # Only now: a process that dies while the group is made would let the others wait for days.
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=7), patient)
-            yield World(rank=rank, world_size=world_size, local_rank=local_rank, patient=patient)
+            yield Peers(rank=rank, world_size=world_size, local_rank=local_rank, patient=patient)
             dist.barrier()  # a process that leaves early would look like one that died
         finally:
             dist.destroy_process_group()
-
-
-class WorkersFailed(MiniLLMError):
-    """A process that `run_processes` started has failed; the message has what each one said (chapter 18)."""
 
 
 def run_processes(

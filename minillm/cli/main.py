@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from minillm import __version__
-from minillm.base.errors import MiniLLMError
+from minillm.base.errors import Interrupted, MiniLLMError
 from minillm.cli.models import _convert, _info
 from minillm.cli.runs import _run
 from minillm.cli.talk import _generate
@@ -62,19 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Interrupted as stop:
+        print(f"minillm: {stop}", file=sys.stderr)
+        return 128 + getattr(signal, stop.signal_name, signal.SIGINT)
     except (MiniLLMError, ValueError, OSError) as error:
         print(f"minillm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minillm: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        from minillm.runs.signals import Interrupted
-
-        if isinstance(error, Interrupted):
-            print(f"minillm: {error}", file=sys.stderr)
-            return 128 + getattr(signal, error.signal_name, signal.SIGINT)
-        raise
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 from minillm.base.errors import MiniLLMError
 from minillm.base.files import atomic_write, clean_leftovers, first_difference, run_lock
-from minillm.base.processes import World
+from minillm.base.processes import Peers
 from minillm.kernels.matmul import tune_allocator, tune_matmul
 from minillm.runs.engines import EngineConfig
 from minillm.runs.keeper import FREE_SETTINGS
@@ -42,7 +42,7 @@ class Launch:
     """Of the matrix products; by default bfloat16 where the device is fast at it, else float32."""
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     """Who trains; another engine may take the run up."""
-    peers: World = dataclasses.field(default_factory=World)
+    peers: Peers = dataclasses.field(default_factory=Peers)
     """This process among all that train together, from `process_group`. All must see the same folder."""
     say: Say = _quiet
     """Receives a line per stage, on the first process."""

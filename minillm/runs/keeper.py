@@ -1,4 +1,4 @@
-"""The keeper of a training run: metrics, checkpoints, resume, bad steps, signals."""
+"""The keeper of a training run: its folder, metrics, evaluations, checkpoints, and what signals ask for (chapter 16)."""
 
 import contextlib
 import json
@@ -6,37 +6,252 @@ import logging
 import math
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minillm.base.errors import CheckpointError, MiniLLMError
+from minillm.base.errors import CheckpointError, Interrupted, MiniLLMError
 from minillm.base.files import clean_leftovers, folder_bytes, need_disk, run_lock
 from minillm.base.machine import peak_flops, steady_bar
 from minillm.batches import Batch
-from minillm.runs.metrics import MetricsFile
-from minillm.runs.signals import Interrupted, catch_signals
+from minillm.runs.metrics import Interval, MetricsFile
+from minillm.runs.signals import catch_signals
 from minillm.storage.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint, save_sharded
 from minillm.storage.tensors import load_metadata, load_tensors, save_tensors
-from minillm.train import (
-    Engine,
-    Stream,
-    TrainConfig,
-    TrainingDiverged,
-    autocast,
-    batch_loss,
-    leap_limit,
-    learning_rate,
-    model_flops_utilization,
-)
+from minillm.train import Engine, Keeper, StepInfo, Stream, TrainConfig, TrainState
 from minillm.transformer import Transformer, flops_per_token
 
 log = logging.getLogger(__name__)
+
+Evaluate = Callable[[Transformer], Mapping[str, float]]
+
+FREE_SETTINGS = {  # they may change when a run goes on
+    *("log_every", "eval_every", "save_every", "keep", "accumulation", "compile"),
+    *("bad_step", "spike", "max_skips"),
+}
+
+
+class RunKeeper(Keeper):
+    """Keeps a run of `train` in a folder, from which the same call goes on, to the bit, however it was stopped (chapter 16).
+
+    Args:
+        folder: receives `metrics.jsonl`, `checkpoints/` and `bad-steps/`; None keeps nothing.
+        eval_fn: called every `eval_every` steps and at the end; its numbers join that step's line of metrics.
+        on_step: called after every step.
+        progress: show a bar, on process 0.
+
+    Raises:
+        Interrupted: from a step: SIGINT, SIGTERM or SIGHUP came; the step was finished and saved.
+        CheckpointError: from `resume`: all checkpoints are damaged.
+        ValueError: from `resume`: the newest undamaged checkpoint belongs to another run.
+        RunLocked, NoSpace: from `resume`: another process writes to the folder, or the checkpoints will not fit there.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        eval_fn: Evaluate | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
+        progress: bool = True,
+    ):
+        super().__init__()
+        self.folder = None if folder is None else Path(folder)
+        self.checkpoints = None if folder is None else Path(folder) / "checkpoints"
+        self.eval_fn, self.on_step, self.progress = eval_fn, on_step, progress
+        self.held = contextlib.ExitStack()  # what must be given back at the end
+
+    def resume(self, engine: Engine, loader: Stream, config: TrainConfig) -> TrainState:
+        """Take the folder, and go to its newest undamaged checkpoint, as if the process had never stopped."""
+        self.engine, self.loader, self.config = engine, loader, config
+        self.model: Any = engine.model  # a Transformer, or what has its config and its `hidden`
+        self.state, self.interval, self.saved_at = TrainState(), Interval(), -1
+        writes = self.folder is not None and engine.rank == 0
+        self.metrics = MetricsFile(
+            self.folder / "metrics.jsonl" if self.folder and writes else None, self.lines
+        )
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if writes:
+                self._take(self.folder, self.folder / "checkpoints")
+        self.caught = self.held.enter_context(catch_signals())
+        self.compiled = engine.compiles and should_compile(self.model, config)
+        path = self._newest()
+        if path is not None:
+            self._load(path)
+        self.metrics.truncate(-1 if path is None else self.state.step)
+        self.bar = self.held.enter_context(
+            steady_bar(
+                total=config.steps,
+                initial=self.state.step,
+                disable=not (self.progress and engine.rank == 0),
+                unit="step",
+                desc="train",
+                leave=False,
+            )
+        )
+        self.held.enter_context(compiled(self.model, self.compiled))
+        return self.state
+
+    def record(self, info: StepInfo) -> str:
+        """Write the batch of a step that was not made to `bad-steps/`, each process its own share; `load_batch` reads it."""
+        if self.folder is None:
+            return ""
+        share = f"-rank-{self.engine.rank}" if self.engine.world_size > 1 else ""
+        path = self.folder / "bad-steps" / f"step-{info.step:08d}{share}.safetensors"
+        tensors = {name: value for name, value in vars(info.batch).items() if isinstance(value, Tensor)}
+        rest = {name: value for name, value in vars(info.batch).items() if name not in tensors}
+        names = ("step", "tokens", "loss_nats", "lr", "grad_norm", "reason")
+        facts = {name: getattr(info, name) for name in names}
+        try:
+            save_tensors(path, tensors, {"batch": json.dumps(rest), "facts": json.dumps(facts)})
+        except (OSError, MiniLLMError) as error:
+            log.warning("the batch of step %d could not be recorded: %s", info.step, error)
+            return ""
+        return f"; its batch is in {path}"
+
+    def after_step(self, info: StepInfo) -> None:
+        """Metrics, evaluation and checkpoint, each when it is due; then stop, if a signal has come to any process."""
+        config, last = self.config, info.step == self.config.steps
+        self.interval.add(info)
+        evaluate = self.eval_fn is not None and (last or _due(info.step, config.eval_every))
+        if last or evaluate or _due(info.step, config.log_every):
+            self._log(info, self.eval_fn if evaluate else None)
+        self.bar.update()
+        if self.on_step is not None:
+            self.on_step(info)
+        if last or _due(info.step, config.save_every):
+            self.save()
+        if self.engine.sum_over(float(len(self.caught))) and not last:  # all processes stop, or none
+            first = next(name for names in self.engine.gather_objects(self.caught) for name in names)
+            raise Interrupted(info.step, self.save(), first)
+
+    def close(self) -> None:
+        """Give back the folder, the signals and the model's uncompiled method."""
+        self.held.close()
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this moment, once: weights, optimizer, loader, random numbers, counters."""
+        if self.checkpoints is None:
+            return None
+        state, engine = self.state, self.engine
+        path = self.checkpoints / f"step-{state.step:08d}"
+        if self.saved_at == state.step:
+            return path
+        random, everything = self._random(), self._everything()
+        where: dict[str, Any] = {"state": everything, "keep": self.config.keep}
+        if engine.rank == 0:
+            self.metrics.sync()
+        if engine.sharded:
+            shards = engine.shards() | ({"random": random} if engine.rank == 0 else {})
+            everyone = {"rank": engine.rank, "everyone": engine.gather_objects}
+            save_sharded(self.checkpoints, state.step, shards=shards, **where, **everyone)
+        else:
+            tensors = {**engine.tensors(), "random": random}  # all processes: an engine may have to collect
+            if engine.rank == 0:
+                save_checkpoint(self.checkpoints, state.step, tensors=tensors, **where)
+        self.saved_at = state.step
+        return path
+
+    def _take(self, folder: Path, checkpoints: Path) -> None:
+        """Keep the folder to this process, clean up after one that was killed in it, and see that there is room.
+
+        One checkpoint more than are kept is there while it is written: weights and AdamW's two means.
+        """
+        self.held.enter_context(run_lock(folder))
+        checkpoints.mkdir(exist_ok=True)
+        for place in (folder, checkpoints):
+            clean_leftovers(place)
+        with tempfile.TemporaryFile(dir=checkpoints):  # it can be written
+            one = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+            number = self.config.keep + 1
+            more = number * one - folder_bytes(checkpoints)
+            need_disk(checkpoints, more, f"{number} checkpoints of {one / 1e9:.2f} GB")
+
+    def _newest(self) -> Path | None:
+        """The newest undamaged checkpoint, None if there is none yet: for all processes the one that the first has found."""
+        if self.checkpoints is None:
+            return None
+        found = latest_checkpoint(self.checkpoints) if self.engine.rank == 0 else None
+        if name := self.engine.first(found and found.name):
+            return self.checkpoints / name
+        if damaged := sorted(path.name for path in self.checkpoints.glob("step-*")):
+            raise CheckpointError(
+                f"{self.checkpoints}: all checkpoints are damaged ({', '.join(damaged)}); to begin anew, move them away"
+            )
+        return None
+
+    def _load(self, path: Path) -> None:
+        """Go to the moment of a checkpoint. One of an older version has fewer counters."""
+        groups, saved = load_checkpoint(path, self.engine.device)
+        _check_same_run(saved, self._settings(), path)
+        self.engine.load_tensors(groups)
+        self.loader.load_state_dict(saved["loader"])
+        self._set_random(groups["random"])
+        for name in vars(self.state):
+            setattr(self.state, name, saved.get(name, getattr(self.state, name)))
+        self.interval = Interval(**saved.get("interval", {}))
+        if self.config.compile == "auto" and self.engine.compiles:
+            self.compiled = saved.get("compiled", self.compiled)
+        self.saved_at = self.state.step
+        log.info("resumed from %s", path)
+
+    def _log(self, info: StepInfo, eval_fn: Evaluate | None) -> None:
+        """Write a line of metrics, with the numbers of `eval_fn` if one is given; training does not notice."""
+        model, device = self.model, self.engine.device
+        flops = float(flops_per_token(model.config, self.config.seq_len, backward=True))
+        peak = peak_flops(self.config.dtype, str(device)) * self.engine.world_size
+        line = self.interval.line(info, flops, peak)
+        self.interval = Interval()
+        if eval_fn is not None:
+            seeds = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+            with self.engine.evaluation(), seeds:
+                line |= eval_fn(model)
+            model.train()
+        self.metrics.write(line)
+        self.bar.set_postfix(loss=f"{line['loss_nats'] or math.nan:.3f}", tok_s=f"{line['tokens_per_s']:.0f}")
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same when the run goes on: as JSON gives it back."""
+        both = {"config": asdict(self.config), "model": asdict(self.model.config)}
+        return json.loads(json.dumps(both))
+
+    def _everything(self) -> dict[str, Any]:
+        """The state of a checkpoint that is no tensor: settings, the loader's position, counters."""
+        counters = {**vars(self.state), "interval": vars(self.interval), "compiled": self.compiled}
+        order = ("step", "tokens", "seconds", "interval", "compiled", "skipped", "skips_in_a_row", "recent")
+        return {
+            **self._settings(),
+            "loader": self.loader.state_dict(),
+            **{name: counters[name] for name in order},
+        }
+
+    def _random(self) -> dict[str, Tensor]:
+        """The states of the random generators of all processes; those of process 0 have no number."""
+        mine = {"cpu": torch.get_rng_state()}
+        if self.engine.device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(self.engine.device)
+        of_all = enumerate(self.engine.gather_objects(mine))
+        return {f"{name}-{n}" if n else name: kept for n, each in of_all for name, kept in each.items()}
+
+    def _set_random(self, stored: Mapping[str, Tensor]) -> None:
+        """Take back what `_random` gave. A process that was not there before takes the state of the first one."""
+        for name, kept in stored.items():
+            mine = stored.get(f"{name}-{self.engine.rank}", kept).cpu()
+            if name == "cpu":
+                torch.set_rng_state(mine)
+            elif name == "cuda" and self.engine.device.type == "cuda":
+                torch.cuda.set_rng_state(mine, self.engine.device)
+
+
+def load_batch(path: str | Path) -> tuple[Batch, dict[str, Any]]:
+    """A batch that `RunKeeper.record` wrote, and the facts beside it: step, loss_nats, grad_norm, lr, reason."""
+    kept = load_metadata(path)
+    return Batch(**load_tensors(path), **json.loads(kept["batch"])), json.loads(kept["facts"])
 
 
 def should_compile(model: Transformer, config: TrainConfig) -> bool:
@@ -49,15 +264,11 @@ def should_compile(model: Transformer, config: TrainConfig) -> bool:
         return config.compile == "on"
     if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         return False
-    rates = {
-        "cpu": 40e9 * torch.get_num_threads(),
-        "cuda": 200e12,
-    }  # FLOP/s that eager training reaches, roughly
+    # FLOP/s that eager training reaches, roughly
+    rates = {"cpu": 40e9 * torch.get_num_threads(), "cuda": 200e12}
     tokens = config.steps * config.batch_size * config.seq_len
-    seconds = (
-        tokens * flops_per_token(model.config, config.seq_len, backward=True) / rates.get(device, math.inf)
-    )
-    return seconds > (1800 if device == "cpu" else 180)
+    work = tokens * float(flops_per_token(model.config, config.seq_len, backward=True))
+    return work / rates.get(device, math.inf) > (1800 if device == "cpu" else 180)
 
 
 @contextlib.contextmanager
@@ -72,99 +283,8 @@ def compiled(model: Transformer, on: bool) -> Iterator[None]:
             del model.hidden  # the method of the class shows again
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a finished run says of itself. `metrics` are the lines of metrics.jsonl."""
-
-    steps: int
-    tokens: int
-    loss_nats: float
-    seconds: float
-    metrics: list[dict[str, Any]]
-
-
-class Run:
-    """One run of `train`: what it works on, how far it is, and where it writes."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        loader: Stream,
-        config: TrainConfig,
-        run_dir: Path | None = None,
-        engine: Engine | None = None,
-    ):
-        if (loader.batch_size, loader.seq_len) != (config.batch_size, config.seq_len):
-            raise ValueError(
-                f"the loader has batch_size {loader.batch_size} and seq_len {loader.seq_len}, "
-                f"the config {config.batch_size} and {config.seq_len}"
-            )
-        self.model, self.loader, self.config = model, loader, config
-        self.engine = Engine(model, config) if engine is None else engine
-        if getattr(loader, "world_size", self.engine.world_size) != self.engine.world_size:
-            raise ValueError(
-                f"the loader cuts batches for {getattr(loader, 'world_size', 1)} processes, the engine has "
-                f"{self.engine.world_size}: give Loader the engine's rank and world_size"
-            )
-        self.device = model.embed.weight.device
-        self.folder, self.checkpoints = run_dir, None if run_dir is None else run_dir / "checkpoints"
-        self.metrics = MetricsFile(None if run_dir is None or self.engine.rank else run_dir / "metrics.jsonl")
-        self.step, self.tokens, self.seconds, self.saved_at = 0, 0, 0.0, -1
-        self.skipped, self.skips_in_a_row = 0, 0
-        self.recent: dict[str, list[float]] = {"loss_nats": [], "grad_norm": []}
-        self.interval = {"loss": 0.0, "targets": 0, "seconds": 0.0}
-        self.compiled = self.engine.compiles and should_compile(model, config)
-        self.flops = float(flops_per_token(model.config, config.seq_len, backward=True))
-        self.peak = peak_flops(config.dtype, str(self.device)) * self.engine.world_size
-
-    def count(self, loss_nats: float, n_targets: int, seconds: float) -> None:
-        """Book a finished step; a skipped one has no targets."""
-        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + n_targets, self.seconds + seconds
-        loss = loss_nats * n_targets if n_targets else 0.0
-        for key, value in (("loss", loss), ("targets", n_targets), ("seconds", seconds)):
-            self.interval[key] += value
-
-    def line(self, info: dict[str, Any]) -> dict[str, Any]:
-        """A line of metrics: the mean loss and speed since the last one. What is no number is None, as JSON has it."""
-        speed, targets = (
-            self.interval["targets"] / max(self.interval["seconds"], 1e-9),
-            self.interval["targets"],
-        )
-        line = {
-            **info,
-            "loss_nats": self.interval["loss"] / targets if targets else None,
-            "grad_norm": info["grad_norm"] if math.isfinite(info["grad_norm"]) else None,
-            "tokens_per_s": round(speed, 1),
-            "mfu": round(model_flops_utilization(speed, self.flops, self.peak), 4),
-        }
-        self.interval = {"loss": 0.0, "targets": 0, "seconds": 0.0}
-        return line
-
-    def settings(self) -> dict[str, Any]:
-        """What must be the same when the run goes on: as JSON gives it back."""
-        both = {"config": asdict(self.config), "model": asdict(self.model.config)}
-        return json.loads(json.dumps(both))
-
-
-COUNTERS = ("step", "tokens", "seconds", "interval", "compiled", "skipped", "skips_in_a_row", "recent")
-
-FREE_SETTINGS = {  # they may change when a run goes on
-    *("log_every", "eval_every", "save_every", "keep", "accumulation", "compile"),
-    *("bad_step", "spike", "max_skips"),
-}
-
-
-def check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
-    """Refuse to continue a run with settings that would have made another run.
-
-    Args:
-        saved: the state of a checkpoint.
-        settings: `Run.settings` of now.
-        path: the checkpoint.
-
-    Raises:
-        ValueError: the first setting that differs.
-    """
+def _check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
+    """Refuse to continue a run with settings that would have made another run: the first that differs."""
     for group, values in settings.items():
         for name, value in values.items():
             before = saved[group].get(name)
@@ -174,297 +294,6 @@ def check_same_run(saved: Mapping[str, Any], settings: Mapping[str, Any], path: 
                 )
 
 
-def save_run(run: Run) -> Path | None:
-    """Write a checkpoint of this moment, once: weights, optimizer, loader, random state, counters."""
-    if run.checkpoints is None:
-        return None
-    path = run.checkpoints / f"step-{run.step:08d}"
-    if run.saved_at == run.step:
-        return path
-    mine = {"cpu": torch.get_rng_state()}
-    if run.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(run.device)
-    of_all = enumerate(run.engine.gather_objects(mine))
-    random = {f"{name}-{n}" if n else name: kept for n, each in of_all for name, kept in each.items()}
-    counters = {name: getattr(run, name) for name in COUNTERS}
-    state = {**run.settings(), "loader": run.loader.state_dict(), **counters}
-    if run.engine.rank == 0:
-        run.metrics.sync()
-    if run.engine.sharded:
-        shards = {**run.engine.shards(), "random": random} if run.engine.rank == 0 else run.engine.shards()
-        everyone = {"rank": run.engine.rank, "everyone": run.engine.gather_objects}
-        save_sharded(run.checkpoints, run.step, shards=shards, state=state, keep=run.config.keep, **everyone)
-    else:
-        tensors = {**run.engine.tensors(), "random": random}  # all processes: an engine may have to collect
-        if run.engine.rank == 0:
-            save_checkpoint(run.checkpoints, run.step, tensors=tensors, state=state, keep=run.config.keep)
-    run.saved_at = run.step
-    return path
-
-
-def find_checkpoint(run: Run) -> Path | None:
-    """The newest undamaged checkpoint, None if there is none yet. All processes take the one that the first has found.
-
-    Raises:
-        CheckpointError: there are some, and all are damaged.
-    """
-    if run.checkpoints is None:
-        return None
-    path = latest_checkpoint(run.checkpoints) if run.engine.rank == 0 else None
-    step = run.engine.total(float(path.name.removeprefix("step-")) + 1.0 if path else 0.0) - 1.0
-    if step >= 0:
-        return run.checkpoints / f"step-{int(step):08d}"
-    if damaged := sorted(path.name for path in run.checkpoints.glob("step-*")):
-        raise CheckpointError(
-            f"{run.checkpoints}: all checkpoints are damaged ({', '.join(damaged)}); to begin anew, move them away"
-        )
-    return None
-
-
-def resume_run(run: Run) -> None:
-    """Go to the newest undamaged checkpoint, as if the process had never stopped; without one, seed and begin."""
-    torch.manual_seed(run.config.seed)
-    path = find_checkpoint(run)
-    if path is None:
-        run.metrics.truncate(-1)
-        return
-    groups, state = load_checkpoint(path, run.device)
-    check_same_run(state, run.settings(), path)
-    run.engine.load_tensors(groups)
-    run.loader.load_state_dict(state["loader"])
-    stored = groups["random"]  # a process that was not there before takes the state of the first one
-    random = {
-        name: stored.get(f"{name}-{run.engine.rank}", kept)
-        for name, kept in stored.items()
-        if "-" not in name
-    }
-    torch.set_rng_state(random["cpu"].cpu())
-    if "cuda" in random and run.device.type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"].cpu(), run.device)
-    chosen = run.compiled
-    for name in COUNTERS:
-        setattr(run, name, state.get(name, getattr(run, name)))  # a checkpoint of an older version has fewer
-    if run.config.compile != "auto" or not run.engine.compiles:
-        run.compiled = chosen
-    run.saved_at = run.step
-    run.metrics.truncate(run.step)
-    log.info("resumed from %s", path)
-
-
-def check_disk(run: Run) -> None:
-    """Refuse a run whose checkpoints will not fit: now, and not when the first is written. One more is there while it is written.
-
-    Raises:
-        NoSpace: how much is needed, and how much is free.
-    """
-    if run.checkpoints is None or run.engine.rank > 0:
-        return
-    one = 3 * sum(
-        p.numel() * p.element_size() for p in run.model.parameters()
-    )  # weights and AdamW's two means
-    number = run.config.keep + 1
-    more = number * one - folder_bytes(run.checkpoints)
-    need_disk(run.checkpoints, more, f"{number} checkpoints of {one / 1e9:.2f} GB")
-
-
-@contextlib.contextmanager
-def hold_folder(run: Run) -> Iterator[None]:
-    """Keep the run's folder to this process, and clean up after one that was killed in it."""
-    if run.folder is None or run.checkpoints is None or run.engine.rank > 0:
-        yield
-        return
-    with run_lock(run.folder):
-        run.checkpoints.mkdir(exist_ok=True)
-        for folder in (run.folder, run.checkpoints):
-            clean_leftovers(folder)
-        with tempfile.TemporaryFile(dir=run.checkpoints):
-            check_disk(run)  # it can be written, and there is room
-        yield
-
-
-def record_batch(run: Run, batch: Any, facts: Mapping[str, Any]) -> Path | None:
-    """Write the batch of a bad step to `bad-steps/` in the run's folder, each process its own share; None without a folder.
-
-    Args:
-        run: before the step is booked.
-        batch: a dataclass with tensors.
-        facts: what to write beside it.
-    """
-    if run.folder is None:
-        return None
-    share = f"-rank-{run.engine.rank}" if run.engine.world_size > 1 else ""
-    path = run.folder / "bad-steps" / f"step-{run.step + 1:08d}{share}.safetensors"
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    rest = {name: value for name, value in vars(batch).items() if name not in tensors}
-    try:
-        save_tensors(path, tensors, {"batch": json.dumps(rest), "facts": json.dumps(dict(facts))})
-    except (OSError, MiniLLMError) as error:
-        log.warning("the batch of step %d could not be recorded: %s", run.step + 1, error)
-        return None
-    return path
-
-
-def load_batch(path: str | Path) -> tuple[Batch, dict[str, Any]]:
-    """A batch that `record_batch` wrote, and the facts beside it: step, loss_nats, grad_norm, lr, reason."""
-    kept = load_metadata(path)
-    return Batch(**load_tensors(path), **json.loads(kept["batch"])), json.loads(kept["facts"])
-
-
-def bad_step(run: Run, batch: Any, info: dict[str, Any], reason: str) -> None:
-    """Record the batch of a step that was not made; then stop or count it, as the config says.
-
-    Raises:
-        TrainingDiverged: the policy is "stop", or there were too many in a row.
-    """
-    config, run.skipped, run.skips_in_a_row = run.config, run.skipped + 1, run.skips_in_a_row + 1
-    path = record_batch(run, batch, {**info, "reason": reason})
-    where = f"; its batch is in {path}" if path else ""
-    said = f"step {run.step + 1}: {reason}: loss {info['loss_nats']:.4g}, gradient norm {info['grad_norm']:.4g}{where}"
-    if config.bad_step == "skip" and run.skips_in_a_row <= config.max_skips:
-        log.warning("%s; step skipped", said)
-        return
-    row = f" ({run.skips_in_a_row} in a row)" if config.bad_step == "skip" else ""
-    raise TrainingDiverged(
-        f"{said}{row}; the parameters are those of step {run.step}. Lower max_lr ({config.max_lr}), lengthen warmup_steps, look at "
-        "the batch, or resume with bad_step='skip'"
-    )
-
-
-def train_step(run: Run, loss_fn: Callable[..., Tensor] = batch_loss) -> dict[str, Any]:
-    """One optimizer step; returns its loss, learning rate, gradient norm, and how many steps have been skipped so far.
-
-    Raises:
-        TrainingDiverged: a bad step and the policy "stop"; the parameters are still those of the step before.
-    """
-    start, config = time.perf_counter(), run.config
-    batch = next(run.loader)
-    n_targets = int(run.engine.total(float(batch.n_targets)))
-    loss = torch.zeros((), device=run.device)
-    for part in batch.split(
-        config.accumulation
-    ):  # all of them: a process that skips one would leave the others waiting
-        with autocast(run.device, config.dtype):
-            part_loss = run.engine.loss(loss_fn, part.to(run.device), n_targets)
-        run.engine.backward(part_loss)
-        loss += part_loss.detach()
-    loss_nats = run.engine.total(loss.item())
-    lr, limit = (
-        learning_rate(run.step + 1, config),
-        {name: leap_limit(run.recent[name], config.spike) for name in run.recent},
-    )
-    usual = math.isfinite(loss_nats) and loss_nats < limit["loss_nats"]
-    run.engine.norm_limit = limit["grad_norm"] if usual else -1.0  # no norm is below -1
-    norm = run.engine.step(lr)
-    info = {"step": run.step + 1, "tokens": run.tokens, "loss_nats": loss_nats, "lr": lr, "grad_norm": norm}
-    if norm < run.engine.norm_limit:
-        run.skips_in_a_row, info["tokens"] = 0, run.tokens + n_targets
-        for name, values in run.recent.items():
-            values[:] = [*values[-99:], info[name]]
-    else:
-        finite = math.isfinite(loss_nats) and math.isfinite(norm)
-        bad_step(run, batch, info, "a leap" if finite else "not a finite number")
-        n_targets = 0
-    run.count(loss_nats, n_targets, time.perf_counter() - start)
-    return {**info, "skipped": run.skipped}
-
-
-def due(step: int, every: int) -> bool:
+def _due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens now; 0 is never."""
     return every > 0 and step % every == 0
-
-
-def evaluate_and_log(
-    run: Run, info: dict[str, Any], eval_fn: Callable[[Transformer], Mapping[str, float]] | None
-) -> dict[str, Any]:
-    """Write a line of metrics, with the numbers of `eval_fn` if one is given; training does not notice."""
-    line = run.line(info)
-    if eval_fn is not None:
-        with (
-            run.engine.evaluation(),
-            torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []),
-        ):
-            line |= eval_fn(run.model)
-        run.model.train()
-    run.metrics.write(line)
-    return line
-
-
-def run_loop(
-    run: Run,
-    caught: list[str],
-    eval_fn: Callable[[Transformer], Mapping[str, float]] | None,
-    on_step: Callable[[dict[str, Any]], None] | None,
-    loss_fn: Callable[..., Tensor],
-    progress: bool,
-) -> None:
-    """Steps, metrics, evaluations and checkpoints, to the end or to a signal; see `train`."""
-    config = run.config
-    bar = steady_bar(
-        total=config.steps, initial=run.step, disable=not progress, unit="step", desc="train", leave=False
-    )
-    with bar, compiled(run.model, run.compiled):
-        while run.step < config.steps:
-            info = train_step(run, loss_fn)
-            last = run.step == config.steps
-            evaluate = eval_fn is not None and (last or due(run.step, config.eval_every))
-            if last or evaluate or due(run.step, config.log_every):
-                line = evaluate_and_log(run, info, eval_fn if evaluate else None)
-                bar.set_postfix(
-                    loss=f"{line['loss_nats'] or math.nan:.3f}", tok_s=f"{line['tokens_per_s']:.0f}"
-                )
-            bar.update()
-            if on_step is not None:
-                on_step(info)
-            if last or due(run.step, config.save_every):
-                save_run(run)
-            if run.engine.total(float(len(caught))) and not last:  # all processes stop, or none
-                first = next(name for names in run.engine.gather_objects(caught) for name in names)
-                raise Interrupted(run.step, save_run(run), first)
-
-
-def train(
-    model: Transformer,
-    loader: Stream,
-    config: TrainConfig,
-    *,
-    run_dir: str | Path | None = None,
-    eval_fn: Callable[[Transformer], Mapping[str, float]] | None = None,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = True,
-    engine: Engine | None = None,
-    loss_fn: Callable[..., Tensor] = batch_loss,
-) -> TrainResult:
-    """Train to `config.steps`, from the newest undamaged checkpoint in `run_dir` if there is one.
-
-    Args:
-        model: trained in place, on its device.
-        loader: with the batch size and row length of `config`.
-        run_dir: receives `metrics.jsonl` and `checkpoints/`; None keeps nothing.
-        eval_fn: called every `eval_every` steps and at the end; its numbers join that step's line of metrics.
-        on_step: called after every step with step, tokens, loss_nats, lr, grad_norm, skipped.
-        progress: show a bar.
-        engine: who owns gradients and optimizer; by default this process.
-        loss_fn: `loss_fn(model, batch, n_targets)`: the sum of a batch's losses divided by `n_targets`.
-
-    Raises:
-        Interrupted: SIGINT, SIGTERM or SIGHUP came; the step was finished and saved.
-        TrainingDiverged: a loss or gradient is not finite, or leaps; nothing was saved since.
-        ValueError: loader and config disagree, or the checkpoint belongs to another run.
-        RunLocked, NoSpace: another process writes to `run_dir`, or the checkpoints will not fit there.
-    """
-    folder = None if run_dir is None else Path(run_dir)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    run = Run(model, loader, config, folder, engine)
-    with hold_folder(run), catch_signals() as caught:
-        resume_run(run)
-        model.train()
-        run_loop(run, caught, eval_fn, on_step, loss_fn, progress and run.engine.rank == 0)
-    loss = run.metrics.lines[-1]["loss_nats"] if run.metrics.lines else None
-    return TrainResult(
-        steps=run.step,
-        tokens=run.tokens,
-        loss_nats=math.nan if loss is None else loss,
-        seconds=run.seconds,
-        metrics=run.metrics.lines,
-    )

@@ -16,9 +16,9 @@ from minillm.hub.own import save_model
 from minillm.runs.data import ShardCounts, held_out_loader, run_tokenizer, train_loader, verify_shards
 from minillm.runs.engines import make_engine
 from minillm.runs.folder import Record, RunFolder, Stage
-from minillm.runs.keeper import TrainResult, train
+from minillm.runs.keeper import RunKeeper
 from minillm.runs.recipes import RunConfig
-from minillm.train import bits_per_byte, evaluate_loss
+from minillm.train import TrainResult, bits_per_byte, evaluate_loss, train
 from minillm.transformer import Transformer, count_parameters
 
 
@@ -118,10 +118,10 @@ def _step_seconds(model: Transformer, config: RunConfig, run: RunFolder) -> floa
         config.train, steps=12, compile="off", log_every=1, eval_every=0, save_every=0
     )
     engine = make_engine(model, trial, run.launch.engine)
-    metrics = train(model, train_loader(run, config), trial, engine=engine, progress=False).metrics
-    # Process 0 alone has the metrics of all.
-    speed = statistics.median(line["tokens_per_s"] for line in metrics[2:]) if run.launch.leads else 0.0
-    return config.train.batch_size * config.train.seq_len / engine.total(speed)
+    keeper = RunKeeper(progress=False)
+    metrics = train(model, train_loader(run, config), trial, engine=engine, keeper=keeper).metrics
+    speed = engine.first(statistics.median(line["tokens_per_s"] for line in metrics[2:]))
+    return config.train.batch_size * config.train.seq_len / speed
 
 
 def _fresh_model(run: RunFolder, config: RunConfig) -> Transformer:
@@ -141,18 +141,11 @@ def _train(run: RunFolder, config: RunConfig) -> str:
         loss = evaluate_loss(model, held_out.epoch_batches(), dtype=config.train.dtype, engine=shared)
         return {"held_out_nats": loss}
 
-    result: TrainResult = train(
-        model,
-        train_loader(run, config),
-        config.train,
-        run_dir=run.path,
-        eval_fn=evaluate,
-        progress=run.launch.progress,
-        engine=engine,
-    )
+    keeper = RunKeeper(run.path, eval_fn=evaluate, progress=run.launch.progress)
+    result = train(model, train_loader(run, config), config.train, engine=engine, keeper=keeper)
     weights = engine.tensors()["model"]  # all processes: an engine may have to collect them
     held = next((line["held_out_nats"] for line in reversed(result.metrics) if "held_out_nats" in line), None)
-    if engine.total(float(run.launch.leads and held is None)):  # somebody has removed the metrics
+    if engine.first(held is None):  # somebody has removed the metrics
         with engine.evaluation():
             held = evaluate(model)["held_out_nats"]
     if not run.launch.leads:

@@ -1,26 +1,12 @@
-"""Ctrl-C and SIGTERM: a run that is told to stop saves first."""
+"""Ctrl-C, SIGTERM and SIGHUP: a run that is told to stop saves first."""
 
 import contextlib
 import logging
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """Training was asked to stop (Ctrl-C, SIGTERM, SIGHUP); it finished its step and saved. `train` again resumes."""
-
-    def __init__(self, step: int, checkpoint: Path | None, signal_name: str):
-        self.step, self.checkpoint, self.signal_name = step, checkpoint, signal_name
-        where = (
-            f"saved to {checkpoint}; the same command resumes"
-            if checkpoint
-            else "nothing saved: no run_dir was given"
-        )
-        super().__init__(f"{signal_name} after step {step}: {where}")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.base.errors import CheckpointError
 from minillm.base.files import atomic_folder, sha256_file
@@ -78,6 +78,14 @@ def shard_key(name: str, first: int, shape: Sequence[int]) -> str:
     'embed.weight@128@64x32'
     """
     return f"{name}@{first}@{'x'.join(map(str, shape))}"
+
+
+def whole_shards(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Groups of whole tensors as shards: each tensor is one run of elements."""
+    return {
+        group: {shard_key(name, 0, tensor.shape): tensor.flatten() for name, tensor in named.items()}
+        for group, named in groups.items()
+    }
 
 
 def join_shards(pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -230,3 +238,28 @@ def load_checkpoint(
         if any("@" in name for name in named):
             groups[group] = join_shards(named)
     return groups, json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors must have the names and shapes of a model's parameters.
+
+    Raises:
+        CheckpointError: which names or shapes differ.
+    """
+    named = dict(model.named_parameters())
+    if named.keys() != tensors.keys():
+        missing, extra = sorted(named.keys() - tensors.keys())[:3], sorted(tensors.keys() - named.keys())[:3]
+        raise CheckpointError(f"the checkpoint does not fit the model: missing {missing}, unknown {extra}")
+    for name, p in named.items():
+        if p.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{name}: the checkpoint has {tuple(tensors[name].shape)}, the model {tuple(p.shape)}"
+            )
+
+
+@torch.no_grad()
+def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model's parameters by name, after `check_tensors`."""
+    check_tensors(model, tensors)
+    for name, p in model.named_parameters():
+        p.copy_(tensors[name])

@@ -1,6 +1,7 @@
 """DeepSpeed behind our engine."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minillm.base.errors import CheckpointError
+from minillm.base.errors import CheckpointError, TrainingDiverged
 from minillm.base.optional import optional
-from minillm.train import TrainConfig, TrainingDiverged, clip_gradients, parameter_groups
+from minillm.train import TrainConfig, Update, clip_gradients, parameter_groups
 from minillm.vendors.fsdp import Borrowed, _LossModule
 from minillm.zero import STATES
 
@@ -103,8 +104,8 @@ class DeepSpeed(Borrowed):
         # It takes the mean over processes and over parts; ours are parts of a sum.
         self.deepspeed.backward(loss * (self.world_size * self.config.accumulation))
 
-    def step(self, lr: float) -> float:
-        if self.norm_limit < 0:
+    def step(self, lr: float, limit: float = math.inf) -> Update:
+        if limit < 0:
             raise TrainingDiverged(
                 "a bad loss, and DeepSpeed cannot leave out a step; go on from the last checkpoint"
             )
@@ -113,11 +114,11 @@ class DeepSpeed(Borrowed):
         norm = clip_gradients(self.model.parameters(), 0.0).item() if self.stage == 0 else None
         self.deepspeed.step()
         self.micro, norm = 0, float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
-        if not norm < self.norm_limit:
+        if not norm < limit:
             raise TrainingDiverged(
                 f"the gradient's norm is {norm:.4g}, and DeepSpeed says so only after its update; go on from the last checkpoint"
             )
-        return norm
+        return Update(norm, True)
 
     def each(self) -> Iterator[tuple[str, str, Any]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

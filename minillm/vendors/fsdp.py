@@ -1,6 +1,7 @@
 """FSDP2, PyTorch's own fully sharded data parallelism, behind our engine."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minillm.storage.checkpoints import shard_key
-from minillm.train import TrainConfig, autocast, check_tensors, parameter_groups
+from minillm.storage.checkpoints import check_tensors, shard_key
+from minillm.train import TrainConfig, Update, autocast, parameter_groups
 from minillm.zero import STATES, Joined, units_of
 
 
@@ -106,18 +107,19 @@ class FSDP2(Borrowed):
     def backward(self, loss: Float[Tensor, ""]) -> None:
         (loss * self.world_size).backward()  # it takes the mean over processes; ours are parts of a sum
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limit: float = math.inf) -> Update:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if norm.item() < self.norm_limit:
+        applied = norm.item() < limit
+        if applied:
             if self.config.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return Update(norm.item(), applied)
 
     def each(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, p in self.model.named_parameters():

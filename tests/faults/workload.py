@@ -15,16 +15,15 @@ import torch
 import tqdm.std
 
 from minillm.base import files
-from minillm.base.errors import MiniLLMError
+from minillm.base.errors import Interrupted, MiniLLMError
 from minillm.base.files import run_lock
-from minillm.base.processes import World, process_group
+from minillm.base.processes import Peers, process_group
 from minillm.batches import Loader
 from minillm.cli import main
 from minillm.runs.engines import EngineConfig, make_engine
-from minillm.runs.keeper import load_batch, save_run, train
-from minillm.runs.signals import Interrupted
+from minillm.runs.keeper import RunKeeper, load_batch
 from minillm.storage.shards import TokenShards, write_shards
-from minillm.train import TrainConfig, batch_loss, evaluate_loss
+from minillm.train import TrainConfig, batch_loss, evaluate_loss, train
 from minillm.transformer import ModelConfig, Transformer
 
 VOCAB = 64
@@ -35,7 +34,7 @@ SETTINGS = {
     "steps": 40, "batch_size": 4, "seq_len": 32, "max_lr": 1e-2, "warmup_steps": 3,
     "log_every": 3, "eval_every": 8, "save_every": 4,
 }  # fmt: skip
-ALONE = World()
+ALONE = Peers()
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.", "ctypes.")
 
 
@@ -62,7 +61,7 @@ def write_data(folder: str, seed: int = 0) -> None:
     write_shards(documents, folder, vocab_size=VOCAB, eos_id=0)
 
 
-def parts(data: str, config: TrainConfig, world: World = ALONE) -> tuple[Transformer, Loader]:
+def parts(data: str, config: TrainConfig, world: Peers = ALONE) -> tuple[Transformer, Loader]:
     torch.manual_seed(123)
     share = {"rank": world.rank, "world_size": world.world_size}
     rows = {"batch_size": config.batch_size, "seq_len": config.seq_len, "seed": config.seed}
@@ -115,7 +114,7 @@ def status(work) -> int:
 
 
 def at_step(step: int, act):
-    return lambda info: act() if info["step"] == step else None
+    return lambda info: act() if info.step == step else None
 
 
 def work(
@@ -124,7 +123,7 @@ def work(
     fails: str = "",
     pause: float = 0.0,
     on_step=None,
-    world: World = ALONE,
+    world: Peers = ALONE,
     engine: EngineConfig | None = None,
     **settings,
 ) -> None:
@@ -140,22 +139,14 @@ def work(
         return {"held_out_nats": loss}
 
     def each(info):
-        print(info["step"], flush=True)
+        print(info.step, flush=True)
         time.sleep(pause)
         if on_step is not None:
             on_step(info)
 
-    train(
-        model,
-        loader,
-        config,
-        run_dir=run_dir,
-        eval_fn=evaluate,
-        on_step=each,
-        progress=False,
-        engine=joined,
-        loss_fn=loss_that(fails) if fails else noisy_loss,
-    )
+    keeper = RunKeeper(run_dir, eval_fn=evaluate, on_step=each, progress=False)
+    loss_fn = loss_that(fails) if fails else noisy_loss
+    train(model, loader, config, engine=joined, keeper=keeper, loss_fn=loss_fn)
 
 
 def run(run_dir: str, data: str, **options) -> int:
@@ -230,23 +221,21 @@ def come_late(rank: int, port: int, timeout_s: float, seconds: float) -> int:
 
 def interfere_with_save(number: int, event: int, report: str = "") -> None:
     """Let the save of that number die at a request to the file system; without `event`, write down how many there are."""
-    from minillm.runs import keeper
+    saves, undisturbed = [0], RunKeeper.save
 
-    saves = [0]
-
-    def save(run):
-        saves[0] += run.saved_at != run.step
+    def save(keeper):
+        saves[0] += keeper.saved_at != keeper.state.step
         if saves[0] != number:
-            return save_run(run)
+            return undisturbed(keeper)
         count = die_at(event)
-        path = save_run(run)
+        path = undisturbed(keeper)
         if report:
             Path(report).write_text(str(count[0]))
         count[0] = -1
-        keeper.save_run = save_run
+        RunKeeper.save = undisturbed
         return path
 
-    keeper.save_run = save
+    RunKeeper.save = save
 
 
 def die_in_save(run_dir: str, data: str, event: int, report: str, **settings) -> int:
@@ -336,12 +325,11 @@ def run_while_the_clock_jumps(run_dir: str, data: str, seconds: float) -> int:
 
     def each(info):
         time.sleep(0.02)
-        if info["step"] == 10:
+        if info.step == 10:
             shift[0] = seconds
 
-    return status(
-        lambda: train(model, loader, config, run_dir=run_dir, on_step=each, loss_fn=noisy_loss, progress=True)
-    )
+    keeper = RunKeeper(run_dir, on_step=each, progress=True)
+    return status(lambda: train(model, loader, config, keeper=keeper, loss_fn=noisy_loss))
 
 
 def command(words: list[str], closed_output: bool = False, rank: int = 0, port: int = 0) -> int:
