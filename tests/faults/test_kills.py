@@ -286,7 +286,7 @@ def test_verification_reads_the_disk(tmp_path, monkeypatch):
         calls.append(from_disk)
         return "0" * 64 if from_disk else real(path)
 
-    monkeypatch.setattr(checkpoint, "sha256_file", bad_disk)
+    monkeypatch.setattr(checkpoints, "sha256_file", bad_disk)
     with pytest.raises(errors.CheckpointError, match="checksum differs"):
         checkpoints.save_checkpoint(tmp_path, 3, tensors=tensors, state={}, keep=1)
     assert True in calls
