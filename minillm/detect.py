@@ -8,26 +8,29 @@ __all__ = [
     "MACHINES",
     "TokenScores",
     "NGramLM",
+    "train_ngram",
+    "sample_ngram",
     "machine_features",
     "fit_logistic",
     "auroc",
-    "has_han",
-    "MachineDetector",
-    "train_detector",
+    "share_interval",
     "ocr_noise",
     "machine_text",
+    "has_han",
     "human_like",
+    "MachineDetector",
+    "train_detector",
     "machine_detector",
     "MachineText",
 ]
 
-# %% ../chapters/04_detect.ipynb #3e886788
+# %% ../chapters/04_detect.ipynb #b1ec1405
 import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -41,10 +44,10 @@ from .world.stream import documents
 from .world.task import CorpusConfig
 
 
-# %% ../chapters/04_detect.ipynb #c25001af
+# %% ../chapters/04_detect.ipynb #7929f2f8
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What a language model says of each token of a text: its log-probability (nats), and how many tokens it likes better. Chapter 02."""
+    """What a language model says of each token of a text: its log-probability (nats), and how many tokens it likes better. Chapter 04."""
 
     log_probs: np.ndarray
     ranks: np.ndarray
@@ -53,51 +56,27 @@ class TokenScores:
 Scorer = Callable[[str], TokenScores]
 
 
-# %% ../chapters/04_detect.ipynb #2f26c351
+# %% ../chapters/04_detect.ipynb #9c706a27
+@dataclass(frozen=True, kw_only=True, eq=False)
 class NGramLM:
-    """A language model that counts: words and Chinese characters, each given the few before it. Chapter 02.
+    """A language model that counts, made by `train_ngram`; a `Scorer`. Chapter 04.
 
     Interpolated absolute discounting: every count gives up `discount`, and what was collected is spread by the shorter context.
-
-    Args:
-        order: tokens in a run, the last one included.
-        discount: what a count gives up.
-        max_vocab: the most frequent tokens get a number of their own; the rest share number 0.
+    `follow` has, for a context of up to `order - 1` tokens, what came after it and how often. Token 0 stands for all unknown ones.
 
     Source: Ney, Essen and Kneser 1994, "On structuring probabilistic dependences in stochastic language modelling".
     """
 
-    def __init__(self, order: int = 3, discount: float = 0.75, max_vocab: int = 20_000) -> None:
-        if order < 1 or not 0 < discount < 1:
-            raise ValueError(f"order={order} must be at least 1 and discount={discount} between 0 and 1")
-        self.order, self.discount, self.max_vocab = order, discount, max_vocab
-        self.vocabulary: dict[str, int] = {}
-        self.follow: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
-        self.unigram = np.ones(1)
-        self._cache: dict[tuple[int, ...], np.ndarray] = {}
+    order: int
+    discount: float
+    vocabulary: dict[str, int]
+    follow: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]
+    unigram: np.ndarray
+    _cache: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict, repr=False)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text as numbers."""
         return [self.vocabulary.get(piece, 0) for piece in PIECE.findall(text)]
-
-    def fit(self, texts: Iterable[str]) -> "NGramLM":
-        """Count all runs of up to `order` tokens."""
-        pieces = [PIECE.findall(text) for text in texts]
-        common = Counter(piece for text in pieces for piece in text).most_common(self.max_vocab)
-        self.vocabulary = {piece: number for number, (piece, _) in enumerate(common, start=1)}
-        table: dict[tuple[int, ...], Counter[int]] = {}
-        counts = np.full(len(common) + 1, 0.5)
-        for text in pieces:
-            numbers = [self.vocabulary.get(piece, 0) for piece in text]
-            np.add.at(counts, numbers, 1)
-            for place, number in enumerate(numbers):
-                for size in range(1, min(self.order - 1, place) + 1):
-                    table.setdefault(tuple(numbers[place - size : place]), Counter())[number] += 1
-        self.follow = {
-            c: (np.array(list(n), np.int32), np.array(list(n.values()), np.float32)) for c, n in table.items()
-        }
-        self.unigram, self._cache = (counts / counts.sum()).astype(np.float32), {}
-        return self
 
     def distribution(self, context: tuple[int, ...]) -> np.ndarray:
         """The probability of every token after `context`, the last `order - 1` tokens or fewer; adds up to one."""
@@ -124,24 +103,55 @@ class NGramLM:
             ranks.append(int(np.count_nonzero(probs > probs[number])))
         return TokenScores(np.array(log_probs), np.array(ranks))
 
-    def sample(self, r: Dice, n_tokens: int, start: str) -> str:
-        """A text that the model makes up: it begins with `start` and goes on for `n_tokens`."""
-        names, numbers = ["", *self.vocabulary], self.ids(start)
-        for _ in range(n_tokens):
-            probs = self.distribution(tuple(numbers[-self.order + 1 :]))
-            numbers.append(int(min(np.searchsorted(np.cumsum(probs, dtype=float), r()), len(probs) - 1)))
-        text = " ".join(names[number] for number in numbers)
-        return re.sub(
-            rf" (?=[{HAN}\u3000-\u303f\uff00-\uffef.,!?:;])|(?<=[{HAN}\u3000-\u303f\uff00-\uffef(]) ",
-            "",
-            text,
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
 
 
-# %% ../chapters/04_detect.ipynb #602f76c0
+# %% ../chapters/04_detect.ipynb #09102324
+def train_ngram(
+    texts: Iterable[str], order: int = 3, *, discount: float = 0.75, max_vocab: int = 20_000
+) -> NGramLM:
+    """Count all runs of up to `order` tokens.
+
+    Args:
+        order: tokens in a run, the last one included.
+        discount: what a count gives up.
+        max_vocab: the most frequent tokens get a number of their own; the rest share number 0.
+    """
+    if order < 1 or not 0 < discount < 1:
+        raise ValueError(f"order={order} must be at least 1 and discount={discount} between 0 and 1")
+    pieces = [PIECE.findall(text) for text in texts]
+    common = Counter(piece for text in pieces for piece in text).most_common(max_vocab)
+    vocabulary = {piece: number for number, (piece, _) in enumerate(common, start=1)}
+    table: dict[tuple[int, ...], Counter[int]] = {}
+    counts = np.full(len(common) + 1, 0.5)
+    for text in pieces:
+        numbers = [vocabulary.get(piece, 0) for piece in text]
+        np.add.at(counts, numbers, 1)
+        for place, number in enumerate(numbers):
+            for size in range(1, min(order - 1, place) + 1):
+                table.setdefault(tuple(numbers[place - size : place]), Counter())[number] += 1
+    follow = {
+        c: (np.array(list(n), np.int32), np.array(list(n.values()), np.float32)) for c, n in table.items()
+    }
+    unigram = (counts / counts.sum()).astype(np.float32)
+    return NGramLM(order=order, discount=discount, vocabulary=vocabulary, follow=follow, unigram=unigram)
+
+
+# %% ../chapters/04_detect.ipynb #a0127ad3
+def sample_ngram(lm: NGramLM, r: Dice, n_tokens: int, start: str) -> str:
+    """A text that the model makes up: it begins with `start` and goes on for `n_tokens`."""
+    names, numbers = ["", *lm.vocabulary], lm.ids(start)
+    for _ in range(n_tokens):
+        probs = lm.distribution(tuple(numbers[-lm.order + 1 :]))
+        numbers.append(int(min(np.searchsorted(np.cumsum(probs, dtype=float), r()), len(probs) - 1)))
+    text = " ".join(names[number] for number in numbers)
+    return re.sub(
+        rf" (?=[{HAN}\u3000-\u303f\uff00-\uffef.,!?:;])|(?<=[{HAN}\u3000-\u303f\uff00-\uffef(]) ", "", text
+    )
+
+
+# %% ../chapters/04_detect.ipynb #da77272c
 FEATURES = (
     "mean log-probability",
     "its spread",
@@ -159,8 +169,7 @@ def machine_features(text: str, scorer: Scorer) -> np.ndarray:
     """What gives a machine away, one number for each of `FEATURES`.
 
     Shares of ranks in the top 1, 10, 100 are GLTR's measure (its own bounds are 10, 100, 1,000); log-rank is DetectGPT's
-    baseline; burstiness is the spread between runs of twelve tokens; the last two see repetition, which a model with a short
-    memory cannot.
+    baseline; burstiness is the spread between runs of twelve tokens.
 
     Args:
         text: the first 20,000 characters count.
@@ -248,16 +257,100 @@ def auroc(negative: Sequence[float | int], positive: Sequence[float | int]) -> f
     return float(below.mean() / (2 * len(low)))
 
 
+# %% ../chapters/04_detect.ipynb #12ff58bf
+def share_interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval for a share of which `hits` of `n` were seen: 95 % of such intervals hold the true share.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if not 0 <= hits <= n or n < 1:
+        raise ValueError(f"hits={hits} must be between 0 and n={n}, and n at least 1")
+    middle, wide = hits + z * z / 2, z * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    return max(0.0, (middle - wide) / (n + z * z)), min(1.0, (middle + wide) / (n + z * z))
+
+
+# %% ../chapters/04_detect.ipynb #54700c11
+_OCR = dict(zip("lI0OmneaoscthugB5日目己末土白天大人未", "1l'0Orcocaoeetlny8S目日已未士自夫太入末"))
+
+
+def ocr_noise(text: str, r: Dice, share: float = 0.12) -> str:
+    """A text as bad character recognition returns it: look-alike characters, lost and added blanks."""
+    made = []
+    for character in text:
+        chance = r()
+        if chance < share / 4:
+            made.append(" " if character != " " else "")
+        else:
+            made.append(_OCR.get(character, character) if chance < 3 * share else character)
+    return "".join(made)
+
+
+# %% ../chapters/04_detect.ipynb #cc83dce5
+@lru_cache(maxsize=8)
+def _language_model(order: int, seed: int, n_documents: int = 1500) -> NGramLM:
+    return train_ngram((d.text for d in documents(CorpusConfig(seed=seed), n_documents=n_documents)), order)
+
+
+# %% ../chapters/04_detect.ipynb #1ef336fe
+MACHINES = ("salad", "loop", "markov", "spam", "ngram", "ocr", "shuffle")
+
+
+def machine_text(machine: str, seed: object) -> str:
+    """A text by one of `MACHINES`: four of chapter 01's, an n-gram model, character recognition, a story's sentences out of order.
+
+    Raises:
+        ValueError: there is no such machine.
+    """
+    r, config = dice("machine", machine, seed), CorpusConfig(seed=101)
+    if machine in ("ngram", "ocr", "shuffle"):
+        story, lang = story_text(config, r)
+        if machine == "ocr":
+            return ocr_noise(story, r)
+        if machine == "ngram":
+            return sample_ngram(
+                _language_model(3, 102), r, 40 + int(r() * 40), story[: 4 if lang == "zh" else 8]
+            )
+        parts = [part.strip() for part in re.findall(r"[^.。]+[.。]", story.split("\n")[0])]
+        return ("" if lang == "zh" else " ").join(pick_some(r, parts, len(parts)))
+    if machine not in MACHINES:
+        raise ValueError(f"machine={machine!r} is unknown; choose one of {', '.join(MACHINES)}")
+    while True:
+        text, _, truth = plant_machine(config, 0, r, 0)
+        if truth["generator"] == machine:
+            return text
+
+
 # %% ../chapters/04_detect.ipynb #9bcdcdbc
 def has_han(text: str) -> bool:
     """Whether a text has Chinese characters."""
     return re.search(f"[{HAN}]", text) is not None
 
 
-# %% ../chapters/04_detect.ipynb #e6fbadd3
+# %% ../chapters/04_detect.ipynb #245706c0
+def human_like(text: str, seed: object) -> str:
+    """Genuine text of the corpus in the form of `text`: its script, its number of lines, and nearly its length in `units`.
+
+    The control for a detector: whoever tells a machine's text from its human twin has seen more than its form. One line becomes
+    the first paragraph of a story; where none has the length, several, cut where the length is reached.
+    """
+    r, config = dice("human", text, seed), CorpusConfig(seed=101)
+    chinese, n_lines, n_units = has_han(text), text.count("\n") + 1, len(units(text))
+    stories = [story_text(config, r, "zh" if chinese else "en")[0].split("\n") for _ in range(12)]
+    drawn = [lines[:n_lines] for lines in stories]
+    best = "\n".join(
+        min(drawn, key=lambda lines: (abs(len(lines) - n_lines), abs(len(units("\n".join(lines))) - n_units)))
+    )
+    if n_lines > 1 or abs(len(units(best)) - n_units) <= 0.15 * n_units:
+        return best
+    joined = ("" if chinese else " ").join(line for (line,) in drawn)
+    ends = [found.end() for found in UNIT.finditer(joined)]
+    return joined[: ends[min(n_units, len(ends)) - 1]] if n_units else ""
+
+
+# %% ../chapters/04_detect.ipynb #e6dbe358
 @dataclass(frozen=True, kw_only=True)
 class MachineDetector:
-    """A probability that a machine made a text, from `machine_features`; trained by `train_detector`. Chapter 02.
+    """A probability that a machine made a text, from `machine_features`; trained by `train_detector`. Chapter 04.
 
     `mean` and `scale` have two rows: human text without Chinese characters, and with them.
     """
@@ -271,7 +364,7 @@ class MachineDetector:
     def inputs(self, text: str) -> np.ndarray:
         """Each feature as its distance from human text of the same script, in standard deviations, and that distance squared.
 
-        Squared, because machines err on both sides: word salad is too surprising, a loop not surprising enough.
+        Squared, because machines err on both sides: a loop is too even, what a scanner misread too uneven.
         """
         script = int(has_han(text))
         z = np.clip((machine_features(text, self.scorer) - self.mean[script]) / self.scale[script], -6, 6)
@@ -317,83 +410,13 @@ def train_detector(
     return replace(trained, bias=bias - float(np.quantile(tried, 1 - false_alarms)))
 
 
-# %% ../chapters/04_detect.ipynb #54700c11
-_OCR = dict(zip("lI0OmneaoscthugB5日目己末土白天大人未", "1l'0Orcocaoeetlny8S目日已未士自夫太入末"))
-
-
-def ocr_noise(text: str, r: Dice, share: float = 0.12) -> str:
-    """A text as bad character recognition returns it: look-alike characters, lost and added blanks."""
-    made = []
-    for character in text:
-        chance = r()
-        if chance < share / 4:
-            made.append(" " if character != " " else "")
-        else:
-            made.append(_OCR.get(character, character) if chance < 3 * share else character)
-    return "".join(made)
-
-
-# %% ../chapters/04_detect.ipynb #cc83dce5
-@lru_cache(maxsize=8)
-def _language_model(order: int, seed: int, n_documents: int = 1500) -> NGramLM:
-    return NGramLM(order).fit(d.text for d in documents(CorpusConfig(seed=seed), n_documents=n_documents))
-
-
-# %% ../chapters/04_detect.ipynb #1ef336fe
-MACHINES = ("salad", "loop", "markov", "spam", "ngram", "ocr", "shuffle")
-
-
-def machine_text(machine: str, seed: object) -> str:
-    """A text by one of `MACHINES`: four of chapter 01's, an n-gram model, character recognition, a story's sentences out of order.
-
-    Raises:
-        ValueError: there is no such machine.
-    """
-    r, config = dice("machine", machine, seed), CorpusConfig(seed=101)
-    if machine in ("ngram", "ocr", "shuffle"):
-        story, lang = story_text(config, r)
-        if machine == "ocr":
-            return ocr_noise(story, r)
-        if machine == "ngram":
-            return _language_model(3, 102).sample(r, 40 + int(r() * 40), story[: 4 if lang == "zh" else 8])
-        parts = [part.strip() for part in re.findall(r"[^.。]+[.。]", story.split("\n")[0])]
-        return ("" if lang == "zh" else " ").join(pick_some(r, parts, len(parts)))
-    if machine not in MACHINES:
-        raise ValueError(f"machine={machine!r} is unknown; choose one of {', '.join(MACHINES)}")
-    while True:
-        text, _, truth = plant_machine(config, 0, r, 0)
-        if truth["generator"] == machine:
-            return text
-
-
-# %% ../chapters/04_detect.ipynb #245706c0
-def human_like(text: str, seed: object) -> str:
-    """Genuine text of the corpus in the form of `text`: its script, its number of lines, and nearly its length in `units`.
-
-    The control for a detector: whoever tells a machine's text from its human twin has seen more than its form. One line becomes
-    the first paragraph of a story; where none has the length, several, cut where the length is reached.
-    """
-    r, config = dice("human", text, seed), CorpusConfig(seed=101)
-    chinese, n_lines, n_units = has_han(text), text.count("\n") + 1, len(units(text))
-    stories = [story_text(config, r, "zh" if chinese else "en")[0].split("\n") for _ in range(12)]
-    drawn = [lines[:n_lines] for lines in stories]
-    best = "\n".join(
-        min(drawn, key=lambda lines: (abs(len(lines) - n_lines), abs(len(units("\n".join(lines))) - n_units)))
-    )
-    if n_lines > 1 or abs(len(units(best)) - n_units) <= 0.15 * n_units:
-        return best
-    joined = ("" if chinese else " ").join(line for (line,) in drawn)
-    ends = [found.end() for found in UNIT.finditer(joined)]
-    return joined[: ends[min(n_units, len(ends)) - 1]] if n_units else ""
-
-
-# %% ../chapters/04_detect.ipynb #73ca2595
+# %% ../chapters/04_detect.ipynb #31999dff
 @lru_cache(maxsize=1)
 def machine_detector() -> MachineDetector:
     """The detector that is used where none is given, trained at first use on the corpus and its machines: seconds.
 
     Among its human texts is a twin of every machine's text, so that it cannot go by the form of a document. It knows the corpus,
-    not the world. For other text train your own on that text, or plug in a `HuggingFaceDetector`.
+    not the world: it accuses nearly all other text. There train your own (`train_detector`) or plug in a `HuggingFaceDetector`.
     """
     human = [d.text for d in documents(CorpusConfig(seed=103), n_documents=1200) if d.kind != "arithmetic"]
     machine = [machine_text(name, seed) for name in MACHINES[:6] for seed in range(120)]
@@ -401,10 +424,10 @@ def machine_detector() -> MachineDetector:
     return train_detector([*human, *twins], machine, _language_model(4, 104, 3000), false_alarms=0.003)
 
 
-# %% ../chapters/04_detect.ipynb #e6dbe358
+# %% ../chapters/04_detect.ipynb #f9bf34e5
 @dataclass(frozen=True, kw_only=True)
 class MachineText:
-    """Drop what a machine seems to have made. Chapter 02.
+    """Drop what a machine seems to have made. Chapter 04.
 
     Args:
         model: text to probability; None for `machine_detector`, which knows the corpus only.

@@ -10,7 +10,6 @@ from minillm.corpus import PIECE, Document, dice, units
 from minillm.detect import (
     MACHINES,
     MachineText,
-    NGramLM,
     _language_model,
     auroc,
     fit_logistic,
@@ -19,13 +18,31 @@ from minillm.detect import (
     machine_detector,
     machine_features,
     machine_text,
+    sample_ngram,
+    share_interval,
     train_detector,
+    train_ngram,
 )
 from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
+
+def logistic_step(w, b, x, y, rate):
+    share = np.where(y == 1, 0.5 / y.sum(), 0.5 / (1 - y).sum())
+    error = share * (1 / (1 + np.exp(-(x @ w + b))) - y)
+    return w - rate * x.T @ error, b - rate * error.sum()
+
+
+def precision(base_rate, recall, false_alarms):
+    right, wrong = base_rate * recall, (1 - base_rate) * false_alarms
+    return right / (right + wrong) if right + wrong else 1.0
+
+
 SOLUTIONS = {
+    "detect.perplexity": lambda log_probs: np.exp(-np.mean(log_probs)),
     "detect.auroc": auroc,
+    "detect.logistic_step": logistic_step,
+    "detect.precision": precision,
 }
 
 
@@ -40,9 +57,42 @@ def test_the_package_obeys_its_laws(exercise, law):
     ("exercise", "wrong", "law"),
     [
         (
+            "detect.perplexity",
+            lambda log_probs: np.mean(1 / np.exp(log_probs)),
+            "the geometric mean of one over the probabilities",
+        ),
+        (
+            "detect.perplexity",
+            lambda log_probs: 2 ** -np.mean(log_probs),
+            "four equally likely tokens: 4",
+        ),
+        (
             "detect.auroc",
             lambda a, b: float(np.mean([x < y for x in a for y in b])),
             "ties count half",
+        ),
+        (
+            "detect.logistic_step",
+            lambda w, b, x, y, rate: (
+                w - rate * x.T @ (1 / (1 + np.exp(-(x @ w + b))) - y) / len(y),
+                b - rate * np.mean(1 / (1 + np.exp(-(x @ w + b))) - y),
+            ),
+            "both classes weigh one half",
+        ),
+        (
+            "detect.logistic_step",
+            lambda w, b, x, y, rate: logistic_step(0 * w, b, x, y, rate),
+            "is the gradient of the loss",
+        ),
+        (
+            "detect.precision",
+            lambda rate, recall, false: rate * recall / (rate * recall + false),
+            "the case of the chapter",
+        ),
+        (
+            "detect.precision",
+            lambda rate, recall, false: rate * recall / max(rate * recall + (1 - rate) * false, 1e-9),
+            "who accuses nobody is never wrong",
         ),
     ],
 )
@@ -80,7 +130,7 @@ def test_time_grows_no_faster_than_hostile_text(step):
 
 
 def test_the_language_model_is_a_distribution_and_counts_by_the_formula():
-    lm = NGramLM(3, discount=0.5).fit(["a b a b a c", "b a b"])
+    lm = train_ngram(["a b a b a c", "b a b"], 3, discount=0.5)
     a, b = lm.vocabulary["a"], lm.vocabulary["b"]
     for context in ((), (a,), (b, a), (0,), (0, a), (0, 0)):
         assert lm.distribution(context).sum() == pytest.approx(1, abs=1e-5)
@@ -95,7 +145,7 @@ def test_the_language_model_is_a_distribution_and_counts_by_the_formula():
 
 
 def test_scores_are_log_probabilities_and_ranks_of_the_distribution():
-    lm = NGramLM(3).fit(d.text for d in CLEAN[:100])
+    lm = train_ngram((d.text for d in CLEAN[:100]), 3)
     text = CLEAN[150].text
     scores, ids = lm(text), lm.ids(text)
     assert len(scores.ranks) == len(ids) == len(PIECE.findall(text))
@@ -106,18 +156,18 @@ def test_scores_are_log_probabilities_and_ranks_of_the_distribution():
 
 
 def test_text_that_was_seen_is_likelier_and_samples_look_like_it():
-    lm = NGramLM(3).fit(d.text for d in CLEAN[:300])
+    lm = train_ngram((d.text for d in CLEAN[:300]), 3)
     words = CLEAN[0].text.split(" ")
     assert (
         lm(CLEAN[0].text).log_probs.mean() > lm(" ".join(reversed(words))).log_probs.mean() + 0.5
         or len(words) < 4
     )
-    made = lm.sample(dice(1), 40, "One day")
+    made = sample_ngram(lm, dice(1), 40, "One day")
     assert made.startswith("One day")
-    assert made == lm.sample(dice(1), 40, "One day") != lm.sample(dice(2), 40, "One day")
+    assert made == sample_ngram(lm, dice(1), 40, "One day") != sample_ngram(lm, dice(2), 40, "One day")
     assert pickle.loads(pickle.dumps(lm)).distribution((1, 2)) == pytest.approx(lm.distribution((1, 2)))
     with pytest.raises(ValueError, match="order=0 must be at least 1"):
-        NGramLM(0)
+        train_ngram([], 0)
 
 
 def test_logistic_regression_equals_scikit_learns():
@@ -197,3 +247,14 @@ def test_machines_are_deterministic_and_unknown_ones_named():
 def test_auroc_wants_both_kinds():
     with pytest.raises(ValueError, match="0 negatives and 1 positives"):
         auroc([], [1.0])
+
+
+def test_an_interval_holds_the_shares_that_could_have_given_the_count():
+    for hits, n in ((0, 50), (1, 7), (25, 50), (50, 50), (3, 1000)):
+        low, high = share_interval(hits, n)
+        assert 0 <= low <= hits / n <= high <= 1
+        for end in (low, high):
+            if 0 < end < 1:
+                assert abs(hits / n - end) == pytest.approx(1.96 * (end * (1 - end) / n) ** 0.5)
+    with pytest.raises(ValueError, match="hits=8 must be between 0 and n=7"):
+        share_interval(8, 7)
