@@ -45,13 +45,13 @@ from minillm.pipeline.run import clean
 from minillm.pipeline.steps import CLEAN_RECIPES, clean_recipe, default_steps
 from minillm.readers.documents import write_documents
 from minillm.runs.exams import EXAMS
-from minillm.runs.keeper import train
+from minillm.runs.keeper import RunKeeper
 from minillm.runs.recipes import RECIPES, recipe
 from minillm.serving.fast import Prepared, prepare
 from minillm.storage.checkpoints import load_checkpoint, save_checkpoint
 from minillm.storage.shards import TokenShards, write_shards
 from minillm.tokenizer import load_tokenizer, train_bpe, train_sentencepiece
-from minillm.train import AdamW, TrainConfig, autocast, evaluate_loss, head_weight, linear_cross_entropy
+from minillm.train import TrainConfig, autocast, evaluate_loss, head_weight, linear_cross_entropy, train
 from minillm.transformer import ModelConfig, Transformer
 from minillm.world.defects import benchmark_item
 from minillm.world.documents import questions
@@ -300,7 +300,7 @@ def attention(folder):
 
 
 def numbers(folder):
-    """Loss, logits and gradients of each kind of model, and three steps of our AdamW."""
+    """Loss, logits and gradients of each kind of model, and three steps of the AdamW that trains."""
     found = {}
     for kind, precision in (*((kind, "float32") for kind in KINDS), ("llama", "bfloat16")):
         tokens = torch.tensor([ids[-8:] for ids in prompts(kind)])
@@ -311,7 +311,7 @@ def numbers(folder):
         gradients = torch.autograd.grad(loss, list(model(kind).parameters()))
         found[f"{kind}, {precision}"] = [loss, logits, gradients]
     weight = model("llama").head.weight.detach().clone().requires_grad_()
-    optimizer = AdamW([weight], lr=1e-2)  # training takes torch's, which is fused
+    optimizer = torch.optim.AdamW([weight], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for _ in range(3):
         optimizer.zero_grad()
         weight.sin().sum().backward()
@@ -353,16 +353,14 @@ def training(folder):
         batches = Loader(tokens, **data, seed=1).epoch_batches()
         return {"held_out_nats": evaluate_loss(model, batches, max_batches=4)}
 
-    result = train(
-        trained, Loader(tokens, **data), config, run_dir=folder / "run", progress=False,
-        eval_fn=held_out, on_step=lines.append,
-    )  # fmt: skip
+    keeper = RunKeeper(folder / "run", eval_fn=held_out, on_step=lines.append, progress=False)
+    result = train(trained, Loader(tokens, **data), config, keeper=keeper)
     groups, state = load_checkpoint(folder / "run" / "checkpoints" / "step-00000050")
     clocks = {"seconds": 0, "interval": 0}
     return {
-        "loss": [line["loss_nats"] for line in lines],
-        "norm": [line["grad_norm"] for line in lines],
-        "rate": [line["lr"] for line in lines],
+        "loss": [line.loss_nats for line in lines],
+        "norm": [line.grad_norm for line in lines],
+        "rate": [line.lr for line in lines],
         "held out": [line["held_out_nats"] for line in result.metrics if "held_out_nats" in line],
         "first weights": begin,
         "last weights": trained.state_dict(),
