@@ -13,8 +13,8 @@ __all__ = [
     "make_batch",
     "collate",
     "shuffled",
-    "Order",
-    "Plan",
+    "BatchOrder",
+    "EpochPlan",
     "Loader",
 ]
 
@@ -29,6 +29,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .attention import Mask
+from .base.files import first_difference
 from .storage.shards import TokenShards
 
 
@@ -237,7 +238,7 @@ Packing = Literal["documents", "rows", "concat"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class BatchOrder:
     """The settings that fix which prediction is in which batch.
 
     Args:
@@ -268,7 +269,7 @@ class Order:
 
 
 # %% ../chapters/15_batches.ipynb #952314b8
-class Plan:
+class EpochPlan:
     """Which rows make which batch: a function of the documents' lengths, the settings, the epoch and the window.
 
     Args:
@@ -276,7 +277,7 @@ class Plan:
         order: the settings.
     """
 
-    def __init__(self, lengths: np.ndarray, order: Order):
+    def __init__(self, lengths: np.ndarray, order: BatchOrder):
         self.lengths, self.order = lengths, order
         self.n_windows = -(-len(lengths) // order.window)
         self._epoch: tuple[int, np.ndarray] | None = None
@@ -339,7 +340,7 @@ class Loader:
         packing: Packing = "documents",
         window: int = 1 << 16,
     ):
-        order = Order(batch_size=batch_size, seq_len=seq_len, seed=seed, packing=packing, window=window)
+        order = BatchOrder(batch_size=batch_size, seq_len=seq_len, seed=seed, packing=packing, window=window)
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"rank must be in 0..world_size - 1, got rank {rank} and world_size {world_size}"
@@ -352,7 +353,7 @@ class Loader:
             raise ValueError(f"{shards.folder}: no document has two tokens, there is nothing to predict")
         self.shards, self.order, self.batch_size, self.seq_len = shards, order, batch_size, seq_len
         self.rank, self.world_size = rank, world_size
-        self.plan = Plan(shards.lengths, order)
+        self.plan = EpochPlan(shards.lengths, order)
         self.epoch, self.window, self.next_batch = 0, 0, 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -368,7 +369,7 @@ class Loader:
 
     def epoch_batches(self, epoch: int = 0) -> Iterator[Batch]:
         """This process's share of the batches of one epoch, for evaluation; the stream does not move."""
-        plan = Plan(self.shards.lengths, self.order)
+        plan = EpochPlan(self.shards.lengths, self.order)
         for window in range(plan.n_windows):
             yield from map(self.batch, plan.batches(epoch, window))
 
@@ -396,9 +397,7 @@ class Loader:
         Raises:
             ValueError: the state belongs to other data or to another order; the message names the difference.
         """
-        for name, value in self.state_dict()["of"].items():
-            if state["of"].get(name) != value:
-                raise ValueError(
-                    f"the loader's state was saved with {name}={state['of'].get(name)!r}, this loader has {value!r}"
-                )
+        if difference := first_difference(state["of"], self.state_dict()["of"]):
+            name, before, now = difference
+            raise ValueError(f"the loader's state was saved with {name}={before!r}, this loader has {now!r}")
         self.epoch, self.window, self.next_batch = state["epoch"], state["window"], state["batch"]

@@ -14,7 +14,7 @@ from minillm.corpus import Document
 from minillm.runs import text as run_text
 from minillm.runs.data import DATA_STAGES, CorpusCounts, ShardCounts, TokenCounts, openings
 from minillm.runs.exams import Results
-from minillm.runs.folder import Launch, RunFolder, Stage, carry_out
+from minillm.runs.folder import Launch, RunFolder, Stage, do_stages
 from minillm.runs.metrics import read_metrics
 from minillm.runs.pretrain import PlannedSteps, steps_that_fit
 from minillm.runs.recipes import DataConfig, recipe
@@ -68,7 +68,7 @@ def source(monkeypatch):
 
 
 def carry(config, folder, last="shards", **options):
-    return carry_out(STAGES, config, folder, Launch(**options), last=last)
+    return do_stages(STAGES, config, folder, Launch(**options), last=last)
 
 
 def tokens(folder):
@@ -266,8 +266,8 @@ def stages(done, *names, makes=""):
 def test_stages_are_done_once_in_order_and_counted(tmp_path):
     done, said = [], []
     three = stages(done, "one", "two", "three")
-    carry_out(three, small(), tmp_path, Launch(say=said.append), last="two")
-    carry_out(three, small(), tmp_path, Launch(say=said.append), last="three")
+    do_stages(three, small(), tmp_path, Launch(say=said.append), last="two")
+    do_stages(three, small(), tmp_path, Launch(say=said.append), last="three")
     assert done == ["one", "two", "three"]
     assert [line.split(" (")[0] for line in said] == [
         *("[1/3] one       one", "[2/3] two       two"),
@@ -280,10 +280,10 @@ def test_a_stage_is_done_again_if_what_it_makes_is_gone(tmp_path):
     done = []
     one = stages(done, "one", makes="thing")
     for times in (1, 2):
-        carry_out(one, small(), tmp_path, Launch(), last="one")
+        do_stages(one, small(), tmp_path, Launch(), last="one")
         assert len(done) == times
     (tmp_path / "thing").touch()
-    carry_out(one, small(), tmp_path, Launch(), last="one")
+    do_stages(one, small(), tmp_path, Launch(), last="one")
     assert len(done) == 2
 
 
@@ -294,18 +294,18 @@ def test_what_cannot_end_well_is_not_begun(tmp_path):
     done = []
     last = Stage(name="last", work=lambda run: "", check=refuse)
     with pytest.raises(NoSpace):
-        carry_out([*stages(done, "one"), last], small(), tmp_path, Launch(), last="last")
+        do_stages([*stages(done, "one"), last], small(), tmp_path, Launch(), last="last")
     assert done == []
 
 
 def test_restart_begins_anew(tmp_path):
     done = []
     for restart in (False, True):
-        carry_out(stages(done, "one"), small(), tmp_path, Launch(), last="one", restart=restart)
+        do_stages(stages(done, "one"), small(), tmp_path, Launch(), last="one", restart=restart)
     assert done == ["one", "one"]
-    carry_out(stages(done, "one"), small(documents=9), tmp_path, Launch(), last="one", restart=True)
+    do_stages(stages(done, "one"), small(documents=9), tmp_path, Launch(), last="one", restart=True)
     with pytest.raises(ValueError, match=r"data.documents=9, now data.documents=300.*--restart"):
-        carry_out(stages(done, "one"), small(), tmp_path, Launch(), last="one")
+        do_stages(stages(done, "one"), small(), tmp_path, Launch(), last="one")
 
 
 def test_a_run_goes_on_when_nobody_listens(tmp_path):
@@ -313,7 +313,7 @@ def test_a_run_goes_on_when_nobody_listens(tmp_path):
         raise BrokenPipeError
 
     done = []
-    carry_out(stages(done, "one", "two"), small(), tmp_path, Launch(say=broken), last="two")
+    do_stages(stages(done, "one", "two"), small(), tmp_path, Launch(say=broken), last="two")
     assert done == ["one", "two"]
 
 
@@ -353,7 +353,7 @@ def test_a_record_that_is_missing_or_damaged_is_named(tmp_path):
 def test_shards_are_those_of_the_text(tmp_path):
     """Both sides, in the order in which they were read; what one stage says, the next one finds."""
     config = small()
-    run = carry_out(DATA_STAGES, config, tmp_path, Launch(), last="shards")
+    run = do_stages(DATA_STAGES, config, tmp_path, Launch(), last="shards")
     from minillm.tokenizer import load_tokenizer
     from minillm.world.stream import documents
 

@@ -212,7 +212,7 @@ class RunFolder:
                 json.dump(self._kept, file, indent=1, ensure_ascii=False)
 
 
-def carry_out(
+def do_stages(
     stages: Sequence[Stage],
     config: RunConfig,
     run_dir: str | Path,

@@ -9,7 +9,7 @@ from pathlib import Path
 from minillm.base.machine import describe_machine
 from minillm.runs.data import DATA_STAGES
 from minillm.runs.exams import SCORE, Results
-from minillm.runs.folder import Launch, RunFolder, carry_out, hold_run
+from minillm.runs.folder import Launch, RunFolder, do_stages, hold_run
 from minillm.runs.metrics import read_metrics
 from minillm.runs.pretrain import PRETRAIN, Training
 from minillm.runs.recipes import RunConfig
@@ -37,7 +37,7 @@ def pretrain(
         PeerLost: another process of the run has ended.
         Interrupted: asked to stop; everything is saved.
     """
-    return carry_out(STAGES, config, run_dir, launch or Launch(), last="pretrain", restart=restart)
+    return do_stages(STAGES, config, run_dir, launch or Launch(), last="pretrain", restart=restart)
 
 
 def speedrun(
@@ -46,7 +46,7 @@ def speedrun(
     """`pretrain`, then questions, samples and `report.html`. The arguments and errors are those of `pretrain`."""
     launch = launch or Launch()
     with hold_run(run_dir, launch):  # of one hold, so that nobody comes in between
-        run = carry_out(STAGES, config, run_dir, launch, last="score", restart=restart)
+        run = do_stages(STAGES, config, run_dir, launch, last="score", restart=restart)
         if not launch.leads:
             return run
         _report(run)
