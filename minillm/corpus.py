@@ -2,7 +2,6 @@
 
 # %% auto #0
 __all__ = [
-    "T",
     "Dice",
     "HELDOUT_SHARE",
     "HAN",
@@ -20,10 +19,9 @@ __all__ = [
     "units",
     "in_words",
     "sentences_of",
-    "scratchpad",
+    "guess_lang",
     "shingles",
     "jaccard",
-    "guess_lang",
 ]
 
 # %% ../chapters/01_corpus.ipynb #2b158ca5
@@ -35,7 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 # %% ../chapters/01_corpus.ipynb #bc128795
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 # %% ../chapters/01_corpus.ipynb #7019cc13
@@ -67,13 +65,13 @@ def dice(*key: object) -> Dice:
 
 
 # %% ../chapters/01_corpus.ipynb #fb31ca25
-def pick(r: Dice, items: Sequence[T]) -> T:
+def pick(r: Dice, items: Sequence[_T]) -> _T:
     """One item, each equally likely."""
     return items[int(r() * len(items))]
 
 
 # %% ../chapters/01_corpus.ipynb #db652401
-def pick_some(r: Dice, items: Sequence[T], n: int) -> list[T]:
+def pick_some(r: Dice, items: Sequence[_T], n: int) -> list[_T]:
     """`n` different items in random order.
 
     Raises:
@@ -89,7 +87,7 @@ def pick_some(r: Dice, items: Sequence[T], n: int) -> list[T]:
 
 
 # %% ../chapters/01_corpus.ipynb #c26c519e
-def pick_weighted(r: Dice, items: Sequence[tuple[float, T]]) -> T:
+def pick_weighted(r: Dice, items: Sequence[tuple[float, _T]]) -> _T:
     """One of (weight, item), in proportion to the weights."""
     left = r() * sum([weight for weight, _ in items])
     for weight, item in items:
@@ -161,7 +159,7 @@ class Page:
 
 
 # %% ../chapters/01_corpus.ipynb #329a60d1
-HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 UNIT = re.compile(rf"[{HAN}]|[^\W_{HAN}]+(?:['’\-][^\W_{HAN}]+)*")
 HAN_PER_WORD = 1.5
 PIECE = re.compile(rf"{UNIT.pattern}|[^\w\s]|_")
@@ -190,27 +188,20 @@ def sentences_of(text: str) -> list[str]:
     return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)]) if a < b]
 
 
-# %% ../chapters/01_corpus.ipynb #b8c9af55
-def scratchpad(a: int, b: int, op: str = "+") -> str:
-    """Column arithmetic written out, units first: 47+85 is "7+5=12,4+8+1=13", 42-17 is "12-7=5,4-1-1=2".
+# %% ../chapters/01_corpus.ipynb #29fc81cc
+def guess_lang(text: str) -> str:
+    """ "zh" for text in Chinese characters, "en" for text in the letters A to Z, "mixed" for both, "und" for neither.
 
-    Args:
-        a: the first operand, not negative.
-        b: the second, not negative; not above `a` for a difference.
-        op: "+" or "-".
+    Judged by script alone, over the first 4,000 characters: French counts as "und" only where its accents are many.
     """
-    if min(a, b) < 0 or op not in ("+", "-") or (op == "-" and b > a):
-        raise ValueError(
-            f"scratchpad({a}, {b}, {op!r}): operands and result must not be negative, and op is '+' or '-'"
-        )
-    steps, carry = [], 0
-    for place in range(max(len(str(a)), len(str(b)))):
-        x, y = a // 10**place % 10, b // 10**place % 10
-        ten = 10 if op == "-" and x < y + carry else 0
-        result = x + y + carry if op == "+" else x + ten - y - carry
-        steps.append(f"{x + ten}{op}{y}" + (f"{op}1" if carry else "") + f"={result}")
-        carry = result // 10 if op == "+" else ten // 10
-    return ",".join(steps)
+    sample = text[:4000]
+    han = len(re.findall(f"[{HAN}]", sample))
+    latin = len(re.findall(r"[A-Za-z]+", sample))  # words: one Han character says about as much as one word
+    other = len(re.findall(rf"[^\W\d_A-Za-z{HAN}]", sample))
+    if han + latin == 0 or other > han + latin:
+        return "und"
+    share = han / (han + latin)
+    return "zh" if share > 0.8 else "en" if share < 0.2 else "mixed"
 
 
 # %% ../chapters/01_corpus.ipynb #7e950796
@@ -224,19 +215,3 @@ def jaccard(a: str, b: str, n: int = 5) -> float:
     """Jaccard similarity of two texts' character `n`-grams: shared over all, from 0 to 1."""
     left, right = shingles(a, n), shingles(b, n)
     return len(left & right) / len(left | right)
-
-
-# %% ../chapters/01_corpus.ipynb #29fc81cc
-def guess_lang(text: str) -> str:
-    """ "zh" for text in Chinese characters, "en" for text in the letters A to Z, "mixed" for both, "und" for neither.
-
-    Judged by script alone, over the first 4,000 characters: French counts as "und" only where its accents are many.
-    """
-    sample = text[:4000]
-    han = len(re.findall(r"[\u3400-\u4dbf\u4e00-\u9fff]", sample))
-    latin = len(re.findall(r"[A-Za-z]+", sample))  # words: one Han character says about as much as one word
-    other = len(re.findall(r"[^\W\d_A-Za-z\u3400-\u4dbf\u4e00-\u9fff]", sample))
-    if han + latin == 0 or other > han + latin:
-        return "und"
-    share = han / (han + latin)
-    return "zh" if share > 0.8 else "en" if share < 0.2 else "mixed"

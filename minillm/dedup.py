@@ -3,7 +3,6 @@
 # %% auto #0
 __all__ = [
     "NOTHING",
-    "HAN",
     "WORD",
     "EMPTY",
     "BATCH_CHARS",
@@ -57,7 +56,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .corpus import Document, sentences_of
+from .corpus import HAN, Document, sentences_of
 from .extract import Drop
 from .readers.documents import read_documents
 
@@ -217,7 +216,6 @@ def window_hashes(
 
 
 # %% ../chapters/06_dedup.ipynb #bbd25ea5
-HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 WORD = re.compile(f"[{HAN}]|[^\\W_{HAN}]+")  # a Han character, or a run of letters and digits
 
 

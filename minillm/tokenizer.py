@@ -55,6 +55,7 @@ from tqdm.auto import tqdm
 
 from .base.errors import MiniLLMError
 from .base.files import atomic_write
+from .corpus import HAN
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +69,7 @@ MAX_TOKEN_BYTES = 64  # a line of dashes is no word
 MAX_FILE_BYTES = 64 << 20
 
 # Han and Kana: scripts without spaces between words. Letters only, so that no rule overlaps another.
-CJK = (
-    "\u3005\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-)
+CJK = "\u3005\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff" + HAN
 
 
 # %% ../chapters/07_tokenizer.ipynb #59df6595

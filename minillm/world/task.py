@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-from minillm.corpus import Dice, Page, T, split_of
+from minillm.corpus import Dice, Page, split_of
 from minillm.world.people import Person, people_known
+
+T = TypeVar("T")
 
 PARTS = (
     "stories",

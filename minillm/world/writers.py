@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minillm.corpus import Dice, Page, pick, pick_some, scratchpad, split_of
+from minillm.corpus import Dice, Page, pick, pick_some, split_of
 from minillm.world.lexicon import FAMILIES, ITEMS, NAMES, PLACES
 from minillm.world.people import FACTS, people_known
 from minillm.world.stories import CAST_POOLS, plan_story, tell, word_forms
@@ -65,6 +65,28 @@ def draw_operands(task: Task, op: str, digits: int) -> tuple[int, int]:
 def draw_digits(task: Task) -> int:
     """A number of digits, long ones more often than short: there are only a hundred sums of one digit."""
     return 1 + max(int(task.r() * task.config.max_digits), int(task.r() * task.config.max_digits))
+
+
+def scratchpad(a: int, b: int, op: str = "+") -> str:
+    """Column arithmetic written out, units first: 47+85 is "7+5=12,4+8+1=13", 42-17 is "12-7=5,4-1-1=2".
+
+    Args:
+        a: the first operand, not negative.
+        b: the second, not negative; not above `a` for a difference.
+        op: "+" or "-".
+    """
+    if min(a, b) < 0 or op not in ("+", "-") or (op == "-" and b > a):
+        raise ValueError(
+            f"scratchpad({a}, {b}, {op!r}): operands and result must not be negative, and op is '+' or '-'"
+        )
+    steps, carry = [], 0
+    for place in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        ten = 10 if op == "-" and x < y + carry else 0
+        result = x + y + carry if op == "+" else x + ten - y - carry
+        steps.append(f"{x + ten}{op}{y}" + (f"{op}1" if carry else "") + f"={result}")
+        carry = result // 10 if op == "+" else ten // 10
+    return ",".join(steps)
 
 
 def write_sums(task: Task, form: str) -> Draft:
