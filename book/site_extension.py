@@ -452,6 +452,11 @@ def first_sentence(text: str | None) -> str:
     return re.split(r"(?<=\w)\. ", line)[0].rstrip(".").replace("|", r"\|")
 
 
+def automodule(name: str) -> str:
+    """What Sphinx replaces by the docstrings of a module."""
+    return f"```{{eval-rst}}\n.. automodule:: minillm.{name}\n   :members:\n   :show-inheritance:\n```\n"
+
+
 def write_api() -> None:
     """Write book/api/*.md; files that did not change keep their time, so that a rebuild reads only what is new."""
     chapters = {chapter.slug: chapter for chapter in contents() if chapter.module}
@@ -465,10 +470,10 @@ def write_api() -> None:
             about, intro = chapter.builds, f"*{where}: {chapter.builds}.*\n\n"
         else:
             about, intro = first_sentence(importlib.import_module(f"minillm.{name}").__doc__), ""
-        options = ":members:\n:show-inheritance:\n"
-        pages[name] = f"# minillm.{name}\n\n{intro}```{{eval-rst}}\n.. automodule:: minillm.{name}\n" + (
-            textwrap.indent(options, "   ") + "```\n"
-        )
+        parts = [f"{name}.{path.stem}" for path in sorted((PACKAGE / name).glob("[!_]*.py"))]
+        pages[name] = f"# minillm.{name}\n\n{intro}" + automodule(name)
+        if name != "check":  # its files are laws, which have a page of their own
+            pages[name] += "".join(f"\n## minillm.{part}\n\n{automodule(part)}" for part in parts)
         rows[chapter is not None].append(f"| [`minillm.{name}`]({name}.md) | {about} |")
     pages["laws"] = laws_markdown(chapters)
     lines = [

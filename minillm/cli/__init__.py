@@ -1,0 +1,1 @@
+"""The command line: `minillm speedrun | pretrain | corpus | clean | generate | tokenizer | convert | info`."""

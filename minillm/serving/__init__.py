@@ -1,0 +1,1 @@
+"""Decoding as fast as the machine reads weights."""

@@ -1,0 +1,1 @@
+"""Tensors, checkpoints and token shards on disk, whole or not there."""
