@@ -2,12 +2,15 @@
 
 # %% auto #0
 __all__ = [
+    "Heads",
+    "KVHeads",
+    "Slopes",
+    "check_columns",
     "visible",
     "score_bias",
     "Mask",
     "heads_per_kv_head",
     "attend",
-    "attend_by_block",
     "KVCache",
     "Attention",
 ]
@@ -21,11 +24,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernels.blocks import blocks_forward
 from .position import Angles, Position
 
 
 # %% ../chapters/11_attention.ipynb #05d6d250
+def check_columns(n_queries: int, n_keys: int, **described: Tensor | None) -> None:
+    """Hold the columns of an attention against one another.
+
+    Raises:
+        ValueError: there are more queries than keys, or a key that a description, `documents` or `keys`, leaves out.
+    """
+    if n_queries > n_keys:
+        raise ValueError(
+            f"the queries are the last of the keys: {n_queries} queries do not fit in {n_keys} keys"
+        )
+    for name, given in described.items():
+        if given is not None and given.shape[1] < n_keys:
+            raise ValueError(
+                f"{name} must describe all {n_keys} keys, cached ones too, got {given.shape[1]} columns"
+            )
+
+
+# %% ../chapters/11_attention.ipynb #dce6f6ef
 def visible(
     n_queries: int,
     n_keys: int,
@@ -39,17 +59,9 @@ def visible(
     """True where query t may see key s; (1 or B, 1, T, S). The arguments are those of `Mask`.
 
     Raises:
-        ValueError: there are more queries than keys, or a key that `documents` or `keys` do not describe.
+        ValueError: as `check_columns`.
     """
-    if n_queries > n_keys:
-        raise ValueError(
-            f"the queries are the last of the keys: {n_queries} queries do not fit in {n_keys} keys"
-        )
-    for name, given in (("documents", documents), ("keys", keys)):
-        if given is not None and given.shape[1] < n_keys:
-            raise ValueError(
-                f"{name} must describe all {n_keys} keys, cached ones too, got {given.shape[1]} columns"
-            )
+    check_columns(n_queries, n_keys, documents=documents, keys=keys)
     columns = torch.arange(n_keys, device=device)
     rows = columns[n_keys - n_queries :, None]  # with a cache, the first new query is not column 0
     seen = (columns <= rows if causal else (columns >= 0).expand(n_queries, -1))[None, None]
@@ -64,8 +76,14 @@ def visible(
 
 
 # %% ../chapters/11_attention.ipynb #4d22f6e1
+Heads = Float[Tensor, "B H T Dh"]  # queries, and answers
+KVHeads = Float[Tensor, "B K S Dh"]  # keys, and values
+Slopes = Float[Tensor, "H"]  # ALiBi's penalty per token of distance, one per query head
+
+
+# %% ../chapters/11_attention.ipynb #07b189ad
 def score_bias(
-    seen: Bool[Tensor, "B 1 T S"], dtype: torch.dtype, slopes: Float[Tensor, "H"] | None = None
+    seen: Bool[Tensor, "B 1 T S"], dtype: torch.dtype, slopes: Slopes | None = None
 ) -> Float[Tensor, "B 1 T S"] | Float[Tensor, "B H T S"]:
     """What is added to the scores: -inf where a key is not seen, elsewhere 0, or with ALiBi -slope * distance.
 
@@ -139,7 +157,7 @@ class Mask:
         n_keys: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        slopes: Float[Tensor, "H"] | None = None,
+        slopes: Slopes | None = None,
     ) -> Tensor:
         """The `score_bias` of this mask, made by the first layer that asks and kept for the others."""
         return self.once(
@@ -176,14 +194,7 @@ def heads_per_kv_head(n_heads: int, n_kv_heads: int) -> int:
 
 
 # %% ../chapters/11_attention.ipynb #a4683faa
-def attend(
-    q: Float[Tensor, "B H T Dh"],
-    k: Float[Tensor, "B K S Dh"],
-    v: Float[Tensor, "B K S Dh"],
-    mask: Mask,
-    *,
-    slopes: Float[Tensor, "H"] | None = None,
-) -> Float[Tensor, "B H T Dh"]:
+def attend(q: Heads, k: KVHeads, v: KVHeads, mask: Mask, *, slopes: Slopes | None = None) -> Heads:
     """softmax(q kᵀ / sqrt(Dh) + bias) v, each kv head serving H / K consecutive query heads.
 
     Args:
@@ -213,23 +224,6 @@ def attend(
         )
     causal = bias is None and not sees_all
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=group > 1)
-
-
-# %% ../chapters/11_attention.ipynb #1f8193d9
-def attend_by_block(
-    q: Float[Tensor, "B H T Dh"],
-    k: Float[Tensor, "B K S Dh"],
-    v: Float[Tensor, "B K S Dh"],
-    mask: Mask,
-    *,
-    slopes: Float[Tensor, "H"] | None = None,
-) -> Float[Tensor, "B H T Dh"]:
-    """`attend` by blocks of queries whose weights fit into a processor's cache (chapter 11); arguments as there."""
-    heads_per_kv_head(q.shape[1], k.shape[1])
-    bias = None
-    if not mask.plain or slopes is not None:  # the blocks know what causal means
-        bias = mask.additive(q.shape[2], k.shape[2], q.device, q.dtype, slopes)
-    return blocks_forward(q, k, v, bias, mask.causal and mask.prefix is None)
 
 
 # %% ../chapters/11_attention.ipynb #e06c48b1

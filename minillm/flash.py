@@ -18,9 +18,8 @@ __all__ = [
     "attend_tiled",
     "mask_tensors",
     "attend_triton",
-    "attend_flash_attn",
-    "compiled_flex",
-    "attend_flex",
+    "attend_by_block",
+    "plain_only",
     "Choice",
     "choose_backend",
     "attend_fast",
@@ -34,7 +33,6 @@ import contextlib
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -42,41 +40,25 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .attention import Mask, attend, attend_by_block, heads_per_kv_head, score_bias
-from .kernels.blocks import blocks_pay
-from .kernels.triton_flash import document_edges, flash_forward
-
-# %% ../chapters/12_flash.ipynb #121677c8
-NEVER = -1e30  # a score that loses against every real one; finite, because inf - inf is NaN
+from .attention import Heads, KVHeads, Mask, Slopes, attend, check_columns, heads_per_kv_head, score_bias
+from .kernels import libraries
+from .kernels.blocks import blocks_forward, blocks_pay
+from .kernels.operators import document_edges, flash_forward
 
 
-# %% ../chapters/12_flash.ipynb #3847a968
-def check_call(q: Float[Tensor, "B H T Dh"], k: Float[Tensor, "B K S Dh"], mask: Mask) -> None:
+# %% ../chapters/12_flash.ipynb #cbb88958
+def check_call(q: Heads, k: KVHeads, mask: Mask) -> None:
     """Hold the arguments of an `attend` against one another.
 
     Raises:
         ValueError: heads that do not divide, more queries than keys, or keys that the mask does not describe.
     """
-    (H, T), (K, S) = q.shape[1:3], k.shape[1:3]
-    heads_per_kv_head(H, K)
-    if T > S:
-        raise ValueError(f"the queries are the last of the keys: {T} queries do not fit in {S} keys")
-    for name, given in (("documents", mask.documents), ("keys", mask.keys)):
-        if given is not None and given.shape[1] < S:
-            raise ValueError(
-                f"{name} must describe all {S} keys, cached ones too, got {given.shape[1]} columns"
-            )
+    heads_per_kv_head(q.shape[1], k.shape[1])
+    check_columns(q.shape[2], k.shape[2], documents=mask.documents, keys=mask.keys)
 
 
-# %% ../chapters/12_flash.ipynb #795c988e
-def attend_naive(
-    q: Float[Tensor, "B H T Dh"],
-    k: Float[Tensor, "B K S Dh"],
-    v: Float[Tensor, "B K S Dh"],
-    mask: Mask,
-    *,
-    slopes: Float[Tensor, "H"] | None = None,
-) -> Float[Tensor, "B H T Dh"]:
+# %% ../chapters/12_flash.ipynb #2e3b0847
+def attend_naive(q: Heads, k: KVHeads, v: KVHeads, mask: Mask, *, slopes: Slopes | None = None) -> Heads:
     """`attend` as its formula is written, with all T x S weights in memory: the reference that the others must equal.
 
     Raises:
@@ -116,6 +98,10 @@ def seen_tile(
     if mask.keys is not None:
         seen = (seen & mask.keys[:, None, None, columns.start : columns.stop]) | (c == r)
     return bool(seen.any()) and (bool(seen.all()) or seen)
+
+
+# %% ../chapters/12_flash.ipynb #121677c8
+NEVER = -1e30  # a score that loses against every real one; finite, because inf - inf is NaN
 
 
 # %% ../chapters/12_flash.ipynb #c687f9e1
@@ -248,14 +234,14 @@ class Tiled(torch.autograd.Function):
 
 # %% ../chapters/12_flash.ipynb #8cd40d25
 def attend_tiled(
-    q: Float[Tensor, "B H T Dh"],
-    k: Float[Tensor, "B K S Dh"],
-    v: Float[Tensor, "B K S Dh"],
+    q: Heads,
+    k: KVHeads,
+    v: KVHeads,
     mask: Mask,
     *,
-    slopes: Float[Tensor, "H"] | None = None,
+    slopes: Slopes | None = None,
     tile: tuple[int, int] = (128, 256),
-) -> Float[Tensor, "B H T Dh"]:
+) -> Heads:
     """`attend` in memory linear in the length, in plain torch, on any device: exact, with any mask.
 
     Args:
@@ -290,21 +276,14 @@ def mask_tensors(mask: Mask, n_rows: int, n_keys: int) -> dict[str, Tensor | Non
     return mask.once(("flash", n_rows, n_keys), build)
 
 
-# %% ../chapters/12_flash.ipynb #1bc6001d
-def attend_triton(
-    q: Float[Tensor, "B H T Dh"],
-    k: Float[Tensor, "B K S Dh"],
-    v: Float[Tensor, "B K S Dh"],
-    mask: Mask,
-    *,
-    slopes: Float[Tensor, "H"] | None = None,
-) -> Float[Tensor, "B H T Dh"]:
-    """`attend` by this chapter's Triton kernels, forward and backward, in bfloat16, float16 or float32.
+# %% ../chapters/12_flash.ipynb #f6e7bc8e
+def attend_triton(q: Heads, k: KVHeads, v: KVHeads, mask: Mask, *, slopes: Slopes | None = None) -> Heads:
+    """`attend` by the Triton kernels, forward and backward, in bfloat16, float16 or float32.
 
-    On a CPU they run in Triton's interpreter, for tests (see `kernels`).
+    On a CPU they run in Triton's interpreter, for tests.
 
     Raises:
-        ValueError: as `check_call`, and as `kernels`.
+        ValueError: as `check_call`; or on a CPU, Triton was imported without TRITON_INTERPRET=1.
         MiniLLMError: Triton is not installed.
 
     Source: Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
@@ -313,76 +292,44 @@ def attend_triton(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if slopes is not None:  # in units of the unscaled scores
         slopes = (slopes.float() * math.sqrt(q.shape[-1])).to(q.device)
-    return flash_forward(q, k, v, mask.causal, *mask_tensors(mask, len(q), k.shape[2]).values(), slopes)[0]
+    return flash_forward(q, k, v, mask.causal, [*mask_tensors(mask, len(q), k.shape[2]).values(), slopes])[0]
 
 
-# %% ../chapters/12_flash.ipynb #8baa0c08
-def attend_flash_attn(
-    q: Float[Tensor, "B H T Dh"],
-    k: Float[Tensor, "B K S Dh"],
-    v: Float[Tensor, "B K S Dh"],
-    mask: Mask,
-    *,
-    slopes: Float[Tensor, "H"] | None = None,
-) -> Float[Tensor, "B H T Dh"]:
-    """`attend` by the flash-attn package: causal or not, grouped heads, ALiBi; bfloat16 or float16 on a GPU.
+# %% ../chapters/12_flash.ipynb #ce7693ad
+def attend_by_block(q: Heads, k: KVHeads, v: KVHeads, mask: Mask, *, slopes: Slopes | None = None) -> Heads:
+    """`attend` by blocks of queries whose weights fit into a processor's cache; arguments as there.
 
     Raises:
-        ValueError: the mask is more than causal.
+        ValueError: H is not a multiple of K.
     """
-    if not mask.plain:
-        raise ValueError("flash-attn knows no prefix, documents or padding: use backend 'triton' or 'sdpa'")
-    from flash_attn import flash_attn_func
-
-    slopes = None if slopes is None else slopes.to(q.device, torch.float32)
-    q, k, v = (
-        x.transpose(1, 2) for x in (q, k, v)
-    )  # it wants (B, T, H, Dh), and puts the queries last as we do
-    return flash_attn_func(q, k, v, causal=mask.causal, alibi_slopes=slopes).transpose(1, 2)
+    heads_per_kv_head(q.shape[1], k.shape[1])
+    bias = None
+    if not mask.plain or slopes is not None:  # the blocks know what causal means
+        bias = mask.additive(q.shape[2], k.shape[2], q.device, q.dtype, slopes)
+    return blocks_forward(q, k, v, bias, mask.causal and mask.prefix is None)
 
 
-# %% ../chapters/12_flash.ipynb #9431dd01
-@cache
-def compiled_flex() -> Callable:
-    """flex_attention, compiled: uncompiled, it forms the T x S matrix. The first call takes some ten seconds."""
-    from torch.nn.attention.flex_attention import flex_attention
+# %% ../chapters/12_flash.ipynb #1bc6001d
+def plain_only(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A library's kernel as an `attend` that refuses masks which are more than causal, with a ValueError."""
 
-    return torch.compile(flex_attention)
+    def attend_plain(q: Heads, k: KVHeads, v: KVHeads, mask: Mask, *, slopes: Slopes | None = None) -> Heads:
+        if not mask.plain:
+            raise ValueError(
+                f"{name} knows no prefix, documents or padding: use backend 'triton', 'tiled' or 'sdpa'"
+            )
+        return kernel(q, k, v, causal=mask.causal, slopes=slopes)
 
-
-# %% ../chapters/12_flash.ipynb #eaa7dcb2
-def attend_flex(
-    q: Float[Tensor, "B H T Dh"],
-    k: Float[Tensor, "B K S Dh"],
-    v: Float[Tensor, "B K S Dh"],
-    mask: Mask,
-    *,
-    slopes: Float[Tensor, "H"] | None = None,
-) -> Float[Tensor, "B H T Dh"]:
-    """`attend` by torch's flex_attention, forward only: causal or not, ALiBi. (On a CPU torch 2.13 has no backward.)
-
-    Raises:
-        ValueError: the mask is more than causal, or a gradient is wanted.
-    """
-    if not mask.plain or (torch.is_grad_enabled() and q.requires_grad):
-        raise ValueError("attend_flex is for plain masks without gradients: use attend_tiled")
-    past, causal = k.shape[2] - q.shape[2], mask.causal
-    slopes = q.new_zeros(q.shape[1]) if slopes is None else slopes.to(q.device, q.dtype)
-
-    def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        score = score - slopes[h] * (i + past - j).abs()
-        return torch.where(j <= i + past, score, float("-inf")) if causal else score
-
-    return compiled_flex()(q, k, v, score_mod=change, enable_gqa=q.shape[1] > k.shape[1])
+    return attend_plain
 
 
-# %% ../chapters/12_flash.ipynb #810981bf
+# %% ../chapters/12_flash.ipynb #26a5317a
 BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "flash-attn": attend_flash_attn,
-    "sdpa": attend,  # chapter 11, as is the next
+    "flash-attn": plain_only("flash-attn", libraries.flash_attn),
+    "sdpa": attend,  # chapter 11
     "blocks": attend_by_block,
     "triton": attend_triton,
-    "flex": attend_flex,
+    "flex": plain_only("flex", libraries.flex),
     "tiled": attend_tiled,
     "naive": attend_naive,
 }
@@ -424,46 +371,38 @@ def choose_backend(
         modern: a CUDA device is Ampere or newer.
     """
     B, H, T, Dh = shape
-    if device_type == "meta":
-        return Choice("sdpa", "one operator, as a traced graph wants it")
-    square = T in (1, n_keys) or not mask.causal
-    flag = mask.plain and not alibi and square  # chapter 11 needs no tensor
-    if device_type == "cuda" and modern and T > 1 and dtype in (torch.bfloat16, torch.float16) and Dh <= 256:
-        if mask.plain and INSTALLED["flash_attn"]:
-            return Choice("flash-attn", "installed, and it knows this mask")
-        if flag:
-            return Choice(
-                "sdpa", "torch's own flash kernel takes causal as a flag; flash-attn is not installed"
-            )
-        if INSTALLED["triton"]:
-            return Choice("triton", "the only kernel here that makes this mask tile by tile")
+    cuda = device_type == "cuda" and modern
+    fast = cuda and T > 1 and dtype in (torch.bfloat16, torch.float16) and Dh <= 256
+    free = mask.plain and not alibi  # the kernels of this machine need no tensor of rows x columns
+    flag = free and (T in (1, n_keys) or not mask.causal)  # nor does torch's
     small = B * (H if alibi else 1) * T * n_keys * dtype.itemsize <= MAX_BIAS_BYTES
-    if blocks_pay(device_type, dtype, T, n_keys) and (small or (mask.plain and not alibi)):
-        return Choice(
-            "blocks", "blocks of queries fit into the processor's cache, and are faster at this length"
-        )
-    if flag:
-        return Choice("sdpa", "causal or none: a flag, no mask tensor")
-    if small:
-        return Choice("sdpa", "its mask tensor is small")
-    if device_type != "cuda" and torch.compiler.is_compiling():
-        return Choice("sdpa", "one operator, as a compiled graph wants it")
-    if device_type == "cuda" and modern and INSTALLED["triton"]:
-        return Choice("triton", "the mask tensor would be too large")
-    if device_type == "cpu" and alibi and mask.plain and not gradients and HAS_COMPILER:
-        return Choice("flex", "the mask tensor would be too large; compiled, and forward only")
+    blocks = blocks_pay(device_type, dtype, T, n_keys) and (small or free)
+    traced = device_type != "cuda" and torch.compiler.is_compiling()
+    flex = device_type == "cpu" and alibi and mask.plain and not gradients and HAS_COMPILER
+    rules = (
+        (device_type == "meta", "sdpa", "one operator, as a traced graph wants it"),
+        (fast and mask.plain and INSTALLED["flash_attn"], "flash-attn", "installed, and it knows this mask"),
+        (
+            fast and flag,
+            "sdpa",
+            "torch's own flash kernel takes causal as a flag; flash-attn is not installed",
+        ),
+        (fast and INSTALLED["triton"], "triton", "the only kernel here that makes this mask tile by tile"),
+        (blocks, "blocks", "blocks of queries fit into the processor's cache, and are faster at this length"),
+        (flag, "sdpa", "causal or none: a flag, no mask tensor"),
+        (small, "sdpa", "its mask tensor is small"),
+        (traced, "sdpa", "one operator, as a compiled graph wants it"),
+        (cuda and INSTALLED["triton"], "triton", "the mask tensor would be too large"),
+        (flex, "flex", "the mask tensor would be too large; compiled, and forward only"),
+    )
+    for applies, backend, why in rules:
+        if applies:
+            return Choice(backend, why)
     return Choice("tiled", "the mask tensor would be too large")
 
 
 # %% ../chapters/12_flash.ipynb #e7d6ee9f
-def attend_fast(
-    q: Float[Tensor, "B H T Dh"],
-    k: Float[Tensor, "B K S Dh"],
-    v: Float[Tensor, "B K S Dh"],
-    mask: Mask,
-    *,
-    slopes: Float[Tensor, "H"] | None = None,
-) -> Float[Tensor, "B H T Dh"]:
+def attend_fast(q: Heads, k: KVHeads, v: KVHeads, mask: Mask, *, slopes: Slopes | None = None) -> Heads:
     """`attend` by the backend that `choose_backend` names: what every model of this book calls.
 
     Arguments and result are those of `attend`. Under autocast the products run in its dtype.

@@ -11,9 +11,10 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from minillm import flash
 from minillm.attention import Mask
-from minillm.kernels import triton_flash
+from minillm.flash import BACKENDS, attend_triton
+from minillm.kernels import libraries
+from minillm.kernels.operators import flash_forward
 
 
 def switch_on():
@@ -42,14 +43,14 @@ def job(name, inputs, grad, mask, slopes, dtype):
     mask = Mask(**{key: value if key == "causal" else torch.from_numpy(value) for key, value in mask.items()})
     slopes = None if slopes is None else torch.from_numpy(slopes)
     inputs, grad = [torch.from_numpy(x) for x in inputs], torch.from_numpy(grad)
-    flex = name == "attend_flex"
+    flex = name == "flex"
     if flex:
         from torch.nn.attention.flex_attention import flex_attention
 
         # uncompiled: the formula is under test here, and compiling takes long
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        flash.compiled_flex = lambda: flex_attention
-    results = both_passes(getattr(flash, name), inputs, grad, mask, slopes, getattr(torch, dtype), not flex)
+        libraries.compiled_flex = lambda: flex_attention
+    results = both_passes(BACKENDS[name], inputs, grad, mask, slopes, getattr(torch, dtype), not flex)
     return [np.array(x) for x in results]
 
 
@@ -69,7 +70,7 @@ def compiled_job():
     mask = Mask(documents=torch.arange(20)[None] // 7)
 
     def layer(q, k, v):
-        return flash.attend_triton(2 * q, k, v, mask).tanh()
+        return attend_triton(2 * q, k, v, mask).tanh()
 
     results = []
     for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
@@ -81,9 +82,7 @@ def compiled_job():
 def library_check():
     """torch's own test of an operator: schema, fake shapes and strides, autograd registration."""
     q, k, v = (torch.randn(1, n, 18, 16, requires_grad=True) for n in (2, 1, 1))
-    arguments = (q, k, v, True, None, None, None, None, None, None)
+    arguments = (q, k, v, True, [None] * 6)
     return torch.library.opcheck(
-        triton_flash.flash_forward,
-        arguments,
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        flash_forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

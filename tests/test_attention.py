@@ -8,8 +8,9 @@ from references import attention_reference, visible_reference
 from tolerances import assert_close, assert_low_precision
 from torch.nn import functional as F
 
-from minillm.attention import Attention, KVCache, Mask, attend, attend_by_block, score_bias, visible
+from minillm.attention import Attention, KVCache, Mask, attend, score_bias, visible
 from minillm.check import check, laws
+from minillm.flash import attend_by_block
 from minillm.kernels import blocks
 from minillm.kernels.blocks import weights_by_block
 from minillm.position import ALiBi, RoPE, alibi_slopes
@@ -247,11 +248,11 @@ def test_low_precision_gradients_by_blocks(dtype):
 def test_blocks_multiply_in_float32_where_16_bits_are_emulated(monkeypatch):
     q, k, v = (x.bfloat16() for x in random_qkv(H=4, K=2, T=140, S=140, Dh=16))
     seen = []
-    monkeypatch.setattr(attention, "fast_bfloat16", lambda device: seen.append(device) or False)
+    monkeypatch.setattr(blocks, "fast_bfloat16", lambda device: seen.append(device) or False)
     slow = attend_by_block(q, k, v, Mask())
     assert seen
     assert blocks.product_dtype(q) == torch.float32
-    monkeypatch.setattr(attention, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(blocks, "fast_bfloat16", lambda device: True)
     assert blocks.product_dtype(q) == torch.bfloat16
     assert blocks.product_dtype(q.half()) == torch.float32
     torch.testing.assert_close(attend_by_block(q, k, v, Mask()), slow, atol=0.02, rtol=0.02)
@@ -529,7 +530,7 @@ with torch.no_grad():
     torch.testing.assert_close(out, layer(x)[:, -1:])
 assert counter.frame_count <= 3, counter.frame_count
 
-from minillm.attention import attend_by_block
+from minillm.flash import attend_by_block
 q, k, v = (torch.randn(2, n, 140, 8, requires_grad=True) for n in (4, 2, 2))
 found = []
 for run in (attend_by_block, torch.compile(attend_by_block, backend="aot_eager", fullgraph=True)):

@@ -18,7 +18,8 @@ from benchmarks.sides.ours import Ours
 from benchmarks.speedrun import figures
 from benchmarks.store import Store
 from benchmarks.worker import Worker
-from minillm.attention import Mask, attend, attend_by_block
+from minillm.attention import Mask, attend
+from minillm.flash import attend_by_block
 from minillm.transformer import ModelConfig, flops_per_token
 
 ROOT = Path(__file__).parents[1]

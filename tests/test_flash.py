@@ -16,7 +16,7 @@ from minillm import flash
 from minillm.attention import Attention, Mask, attend
 from minillm.base import machine
 from minillm.check import check, laws
-from minillm.kernels import triton_flash
+from minillm.kernels.operators import document_edges, triton_kernels
 from minillm.position import alibi_slopes
 
 # ---- the exercises
@@ -171,19 +171,15 @@ def run_backend(name, inputs, grad, mask, slopes, dtype, interpreter):
     plain = Mask(**mask).plain
     if name == "triton" and not torch.cuda.is_available():
         pytest.importorskip("triton")
-        return interpreted.both_passes_elsewhere(
-            interpreter, "attend_triton", inputs, grad, mask, slopes, dtype
-        )
+        return interpreted.both_passes_elsewhere(interpreter, name, inputs, grad, mask, slopes, dtype)
     if name in ("flash-attn", "flex") and not plain:
-        with pytest.raises(ValueError, match="more than causal|flash-attn knows no|for plain masks"):
+        with pytest.raises(ValueError, match=f"{name} knows no prefix, documents or padding"):
             flash.BACKENDS[name](*(x.to(dtype) for x in inputs), Mask(**mask), slopes=slopes)
         return None
     if name == "flash-attn" and not (torch.cuda.is_available() and flash.INSTALLED["flash_attn"]):
         pytest.skip("flash-attn is not installed")
     if name == "flex":
-        return interpreted.both_passes_elsewhere(
-            interpreter, "attend_flex", inputs, grad, mask, slopes, dtype
-        )
+        return interpreted.both_passes_elsewhere(interpreter, name, inputs, grad, mask, slopes, dtype)
     device = "cuda" if name in ("triton", "flash-attn") else "cpu"
     move = {key: value if key == "causal" else value.to(device) for key, value in mask.items()}
     moved = [x.to(device) for x in (*inputs, grad)]
@@ -306,8 +302,8 @@ def test_no_look_ahead_bit_for_bit(interpreter):
     changed = [x.clone() for x in inputs]
     for x in changed[1:]:
         x[:, :, 20] += 1.0
-    for name in ("attend_tiled", "attend_triton"):
-        if name == "attend_triton":
+    for name in ("tiled", "triton"):
+        if name == "triton":
             pytest.importorskip("triton")
         before, after = (
             interpreted.both_passes_elsewhere(interpreter, name, x, grad, {}, None, torch.float32)[0]
@@ -357,7 +353,7 @@ def test_peak_bytes_counts_what_is_held_at_once():
 @settings(max_examples=40, deadline=None)
 def test_document_edges_equal_a_search(data):
     ids = data.draw(st.lists(st.lists(st.integers(-2, 3), min_size=9, max_size=9), min_size=1, max_size=3))
-    first, last = triton_flash.document_edges(torch.tensor(ids))
+    first, last = document_edges(torch.tensor(ids))
     assert first.dtype == last.dtype == torch.int32
     assert first.tolist() == [[row.index(d) for d in row] for row in ids]
     assert last.tolist() == [[8 - row[::-1].index(d) for d in row] for row in ids]
@@ -578,15 +574,15 @@ def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch):
         (q, k, v), _, slopes = problem(*SHAPES[shape])
         mask = Mask(**MASKS[kind])
         expected = attend(q, k, v, mask, slopes=slopes)
-        assert_close(flash.attend_flash_attn(q, k, v, mask, slopes=slopes), expected)
+        assert_close(flash.BACKENDS["flash-attn"](q, k, v, mask, slopes=slopes), expected)
     with pytest.raises(ValueError, match="flash-attn knows no prefix, documents or padding"):
-        flash.attend_flash_attn(q, k, v, Mask(**MASKS["prefix"]))
+        flash.BACKENDS["flash-attn"](q, k, v, Mask(**MASKS["prefix"]))
 
 
 def test_flex_refuses_what_it_cannot_do():
     q, k, v = (torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3))
     with pytest.raises(ValueError, match="for plain masks without gradients: use attend_tiled"):
-        flash.attend_flex(q, k, v, Mask())
+        flash.BACKENDS["flex"](q, k, v, Mask())
 
 
 def test_a_tiled_gradient_is_not_differentiated_again():
@@ -605,43 +601,54 @@ sys.modules["triton"] = None  # not installed
 import torch
 from minillm import flash, transformer
 from minillm.attention import Mask
+from minillm.base.errors import MiniLLMError
 assert flash.attend_fast(*(torch.randn(1, 2, 5, 8) for _ in range(3)), Mask()).shape == (1, 2, 5, 8)
 try:
-    flash.kernels()
-except flash.MiniLLMError as error:
+    flash.attend_triton(*(torch.randn(1, 2, 5, 8) for _ in range(3)), Mask())
+except MiniLLMError as error:
     print(error)
 """
 NOT_IMPORTED = (
     "import sys, minillm.transformer; print('triton' in sys.modules, 'torch._dynamo' in sys.modules)"
 )
 COMPILED = """
-import json, re, triton
+import json, torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from minillm.flash import TILES, kernels
+from triton.runtime import driver
+from minillm.kernels import triton_flash as flash
 
-FIXED = {"CAUSAL": True, "DH": 64, "BLOCK_D": 64, "WIDE": False}
-TYPES = {"slopes": "*fp32", "keys": "*i8", "lse": "*fp32", "delta": "*fp32", "scale": "fp32"}
-TYPES |= dict.fromkeys(("prefix", "documents", "first", "last"), "*i32")
-TYPES |= dict.fromkeys(("n_heads", "group", "n_queries", "n_keys", "bucket"), "i32")
+class Card:  # a GPU that only says what it is
+    def get_current_device(self): return capability
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", capability, 32)
 
-def build(function, capability, m, n, warps, stages):
-    fixed, signature, constants = FIXED | {"BLOCK_M": m, "BLOCK_N": n}, {}, {}
-    for index, parameter in enumerate(function.params):
-        name = parameter.name
-        if name in fixed:
-            signature[name], constants[(index,)] = "constexpr", fixed[name]
-        else:
-            signature[name] = ("i32",) * 3 if name.endswith("strides") else TYPES.get(name, "*bf16")
-    source, options = ASTSource(function, signature, constants), {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+class Built:  # a kernel that is compiled for the arguments of its call, by Triton's own reading of them, and not run
+    def __init__(self, name):
+        self.kernel, self.name = getattr(flash, name), name
+    def __getitem__(self, grid):
+        return self
+    def __call__(self, *arguments, **given):
+        kernel = self.kernel
+        if self.name in flash.TILES:
+            m, n, warps, stages = flash.TILES[self.name][-1]
+            given |= {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+            kernel = kernel.fn  # inside the tuner
+        code = kernel.warmup(*arguments, grid=(1,), **given).asm["ptx"]
+        if self.name in flash.TILES:
+            print(json.dumps([self.name, capability, code.count(instruction)]))
 
-built = kernels()
+for name in (*flash.TILES, "delta_kernel"):
+    setattr(flash, name, Built(name))
+shapes = {"q": (2, 4, 256, 64), "k": (2, 2, 256, 64), "v": (2, 2, 256, 64), "out": (2, 4, 256, 64), "lse": (2, 4, 256)}
+shapes |= {"grad": shapes["q"], "delta": shapes["lse"], "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
+dtypes = dict.fromkeys(("lse", "delta"), torch.float32)
+tensors = flash.Tensors(**{name: torch.empty(shape, dtype=dtypes.get(name, torch.bfloat16)) for name, shape in shapes.items()})
+ids, real = torch.zeros(2, 256, dtype=torch.int32), torch.ones(2, 256, dtype=torch.int8)
+masks = flash.Masks(ids[:, 0].contiguous(), ids, ids, ids, real, torch.ones(4))
 for capability, instruction in ((80, "mma.sync"), (90, "wgmma.mma_async")):
-    for name, candidates in TILES.items():
-        code = build(getattr(built, name).fn, capability, *candidates[-1]).asm["ptx"]
-        print(json.dumps([name, capability, code.count(instruction)]))
-build(built.delta_kernel, 80, 64, 64, 4, 2)
+    driver.set_active(Card())
+    flash.forward(tensors, masks, True)
+    flash.backward(tensors, masks, True)
 """
 
 
@@ -665,14 +672,16 @@ def test_nothing_heavy_is_imported_with_the_models():
 def test_the_interpreter_must_be_switched_on_first():
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        triton_flash.kernels(interpreted=True)
+        triton_kernels(interpreted=True)
 
 
 def test_the_kernels_compile_for_ampere_and_hopper():
     pytest.importorskip("triton")
+    from minillm.kernels.triton_flash import TILES
+
     rows = [json.loads(line) for line in run_python(COMPILED).splitlines()]
     assert [(name, capability) for name, capability, _ in rows] == [
-        (name, capability) for capability in (80, 90) for name in triton_flash.TILES
+        (name, capability) for capability in (80, 90) for name in TILES
     ]
     assert all(count > 0 for *_, count in rows), rows  # the matrix units of that generation are used
 

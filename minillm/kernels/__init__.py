@@ -1,1 +1,4 @@
-"""Fast attention and matrix products, by library, by Triton and by blocks: what a student need not read."""
+"""Attention by blocks, by Triton and by other people's kernels, and matrix products: where a student need not read.
+
+A kernel takes tensors and says how they are multiplied; which one is taken, and why, is decided in chapter 12.
+"""

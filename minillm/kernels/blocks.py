@@ -35,7 +35,8 @@ def weights_by_block(
     """The softmax weights of some rows of the batch, some kv heads, and one block of queries at a time.
 
     Args:
-        q, k, v, bias: as in `attend`; the bias is (1 or B, 1 or H, T, S).
+        q, k, v: as in `attend` (chapter 11).
+        bias: what is added to the scores, (1 or B, 1 or H, T, S).
         causal: no query sees a later column, whatever the bias says: those keys are left out.
 
     Yields:
@@ -145,7 +146,7 @@ blocks_forward.register_autograd(_blocks_gradient, setup_context=_keep_for_backw
 
 
 def blocks_pay(device_type: str, dtype: torch.dtype, n_queries: int, n_keys: int) -> bool:
-    """Whether `attend_by_block` is taken to be faster than `attend`: on a CPU, at a middling length.
+    """Whether blocks of queries are taken to be faster than torch's own kernel: on a CPU, at a middling length.
 
     In short rows calls cost more than products; long ones need tiles of keys too. The limits are measured.
     """
