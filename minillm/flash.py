@@ -292,7 +292,7 @@ def attend_triton(q: Heads, k: KVHeads, v: KVHeads, mask: Mask, *, slopes: Slope
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if slopes is not None:  # in units of the unscaled scores
         slopes = (slopes.float() * math.sqrt(q.shape[-1])).to(q.device)
-    return flash_forward(q, k, v, mask.causal, [*mask_tensors(mask, len(q), k.shape[2]).values(), slopes])[0]
+    return flash_forward(q, k, v, mask.causal, *mask_tensors(mask, len(q), k.shape[2]).values(), slopes)[0]
 
 
 # %% ../chapters/12_flash.ipynb #ce7693ad

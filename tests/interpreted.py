@@ -82,7 +82,7 @@ def compiled_job():
 def library_check():
     """torch's own test of an operator: schema, fake shapes and strides, autograd registration."""
     q, k, v = (torch.randn(1, n, 18, 16, requires_grad=True) for n in (2, 1, 1))
-    arguments = (q, k, v, True, [None] * 6)
+    arguments = (q, k, v, True, *[None] * 6)
     return torch.library.opcheck(
         flash_forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

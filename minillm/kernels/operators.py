@@ -1,6 +1,5 @@
 """The Triton kernels as operators of torch, which `torch.compile` takes as they are. This module imports without Triton."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,25 +50,27 @@ def document_edges(documents: Int[Tensor, "B S"]) -> tuple[Int[Tensor, "B S"], I
 
 @torch.library.custom_op("minillm::flash_forward", mutates_args=())
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, masks: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """(out, lse). `masks` are the fields of `triton_flash.Masks`; the last dimension of q, k, v is dense in memory."""
-    triton_flash = triton_kernels(q.device.type == "cpu")
-    out, lse = _forward_shapes(q, k, v, causal, masks)
-    triton_flash.forward(triton_flash.Tensors(q, k, v, out, lse), triton_flash.Masks(*masks), causal)
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix: Tensor | None, documents: Tensor | None,
+    first: Tensor | None, last: Tensor | None, keys: Tensor | None, slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse). From `prefix` on the fields of `triton_flash.Masks`; the last dimension of q, k, v is dense in memory."""
+    triton_flash, (out, lse) = triton_kernels(q.device.type == "cpu"), _forward_shapes(q)
+    masks = triton_flash.Masks(prefix, documents, first, last, keys, slopes)
+    triton_flash.forward(triton_flash.Tensors(q, k, v, out, lse), masks, causal)
     return out, lse
 
 
 @torch.library.custom_op("minillm::flash_backward", mutates_args=())
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, masks: Sequence[Tensor | None]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix: Tensor | None,
+    documents: Tensor | None, first: Tensor | None, last: Tensor | None, keys: Tensor | None, slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
-    triton_flash = triton_kernels(q.device.type == "cpu")
-    grads = _backward_shapes(grad, q, k, v)
+    triton_flash, grads = triton_kernels(q.device.type == "cpu"), _backward_shapes(grad, q, k, v)
+    masks = triton_flash.Masks(prefix, documents, first, last, keys, slopes)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     tensors = triton_flash.Tensors(q, k, v, out, lse, grad, torch.empty_like(lse), *grads)
-    triton_flash.backward(tensors, triton_flash.Masks(*masks), causal)
+    triton_flash.backward(tensors, masks, causal)
     return grads
 
 
@@ -79,7 +80,7 @@ def _heads_side_by_side(x: Tensor) -> Tensor:
     return x.new_empty(B, T, H, Dh).transpose(1, 2)
 
 
-def _forward_shapes(q, k, v, causal, masks):
+def _forward_shapes(q, *rest):
     return _heads_side_by_side(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -88,14 +89,14 @@ def _backward_shapes(grad, q, k, v, *rest):
 
 
 def _keep_for_backward(ctx, inputs, output):
-    q, k, v, ctx.causal, masks = inputs
+    q, k, v, ctx.causal, *masks = inputs
     ctx.save_for_backward(q, k, v, *output, *masks)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx, grad, grad_lse):
     q, k, v, out, lse, *masks = ctx.saved_tensors
-    return *flash_backward(grad, q, k, v, out, lse, ctx.causal, masks), None, None
+    return *flash_backward(grad, q, k, v, out, lse, ctx.causal, *masks), *[None] * 7
 
 
 flash_forward.register_fake(_forward_shapes)
