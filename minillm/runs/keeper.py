@@ -158,19 +158,16 @@ class RunKeeper(Keeper):
         return path
 
     def _take(self, folder: Path, checkpoints: Path) -> None:
-        """Keep the folder to this process, clean up after one that was killed in it, and see that there is room.
-
-        One checkpoint more than are kept is there while it is written: weights and AdamW's two means.
-        """
+        """Keep the folder to this process, clean up after one that was killed in it, and see that there is room."""
         self.held.enter_context(run_lock(folder))
         checkpoints.mkdir(exist_ok=True)
         for place in (folder, checkpoints):
             clean_leftovers(place)
         with tempfile.TemporaryFile(dir=checkpoints):  # it can be written
-            one = 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())
-            number = self.config.keep + 1
-            more = number * one - folder_bytes(checkpoints)
-            need_disk(checkpoints, more, f"{number} checkpoints of {one / 1e9:.2f} GB")
+            one = 3 * sum(
+                p.numel() * p.element_size() for p in self.model.parameters()
+            )  # AdamW has two means
+            need_checkpoints(checkpoints, one, self.config.keep)
 
     def _newest(self) -> Path | None:
         """The newest undamaged checkpoint, None if there is none yet: for all processes the one that the first has found."""
@@ -246,6 +243,17 @@ class RunKeeper(Keeper):
                 torch.set_rng_state(mine)
             elif name == "cuda" and self.engine.device.type == "cuda":
                 torch.cuda.set_rng_state(mine, self.engine.device)
+
+
+def need_checkpoints(checkpoints: Path, one_bytes: int, keep: int) -> None:
+    """See that a folder has room for the checkpoints that will be kept, and for one more while it is written.
+
+    Raises:
+        NoSpace: it has not.
+    """
+    there = folder_bytes(checkpoints) if checkpoints.exists() else 0
+    purpose = f"{keep + 1} checkpoints of {one_bytes / 1e9:.2f} GB"
+    need_disk(checkpoints, (keep + 1) * one_bytes - there, purpose)
 
 
 def load_batch(path: str | Path) -> tuple[Batch, dict[str, Any]]:

@@ -10,13 +10,13 @@ from typing import ClassVar
 
 import torch
 
-from minillm.base.files import atomic_folder, need_disk
+from minillm.base.files import atomic_folder
 from minillm.base.machine import fast_bfloat16, seed_everything
 from minillm.hub.own import save_model
 from minillm.runs.data import ShardCounts, held_out_loader, run_tokenizer, train_loader, verify_shards
 from minillm.runs.engines import make_engine
 from minillm.runs.folder import Record, RunFolder, Stage
-from minillm.runs.keeper import RunKeeper
+from minillm.runs.keeper import RunKeeper, need_checkpoints
 from minillm.runs.recipes import RunConfig
 from minillm.train import TrainResult, bits_per_byte, evaluate_loss, train
 from minillm.transformer import Transformer, count_parameters
@@ -65,9 +65,9 @@ def steps_that_fit(config: RunConfig, step_seconds: float) -> int:
 def _need_checkpoints(run: RunFolder) -> None:
     """Refuse a run whose checkpoints will not fit on the disk: before its first stage, not in its fourth."""
     if run.recall(Training) is not None or (run.path / "checkpoints").exists():
-        return  # `train` counts what is there
-    one, number = 12 * count_parameters(run.config.model).total, run.config.train.keep + 1
-    need_disk(run.path, number * one, f"{number} checkpoints of {one / 1e9:.2f} GB")
+        return  # the keeper counts what is there
+    one = 12 * count_parameters(run.config.model).total  # weights and AdamW's two means, in float32
+    need_checkpoints(run.path / "checkpoints", one, run.config.train.keep)
 
 
 def _pretrain(run: RunFolder) -> str:
