@@ -1,8 +1,4 @@
-"""A textbook that is a library: build a large language model piece by piece, then train it.
-
-Modules:
-
-- `minillm.kernels.triton_flash`: FlashAttention as Triton kernels, forward and backward; chapter 12 writes a small one by hand and says what `tl.` does."""
+"""minillm: a textbook that is a library. Each chapter of `chapters/` builds one module of this package."""
 
 from minillm.base.errors import MiniLLMError
 

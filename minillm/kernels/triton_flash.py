@@ -1,10 +1,10 @@
-"""FlashAttention as Triton kernels, forward and backward; chapter 12 writes a small one by hand and says what `tl.` does.
+"""FlashAttention as Triton kernels, forward and backward; chapter 12 writes a small one by hand and says what `tl.` does."""
 
-Importing this module imports Triton, which decides then whether kernels are compiled for a GPU or interpreted:
-`operators.triton_kernels` imports it when a kernel is first asked for. A program is one run of a kernel: it owns a tile of
-queries (or of keys) of one head and walks over the tiles of the other side. Scores are in units of log2, since 2^x is what
-the hardware computes: log2(e) is folded into the scale, and taken back from the gradients.
-"""
+# Importing this module imports Triton, which decides then whether kernels are compiled for a GPU or interpreted:
+# `operators.triton_kernels` imports it when a kernel is first asked for. A program is one run of a kernel: it owns a tile of
+# queries (or of keys) of one head and walks over the tiles of the other side. Scores are in units of log2, since 2^x is what
+# the hardware computes: log2(e) is folded into the scale, and taken back from the gradients.
+
 
 import math
 from typing import Any, NamedTuple
