@@ -5,7 +5,6 @@
 # queries (or of keys) of one head and walks over the tiles of the other side. Scores are in units of log2, since 2^x is what
 # the hardware computes: log2(e) is folded into the scale, and taken back from the gradients.
 
-
 import math
 from typing import Any, NamedTuple
 
