@@ -49,10 +49,10 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -343,7 +343,7 @@ def s_curve(similarity: Any, bands: int, rows: int) -> Any:
 
 
 # %% ../chapters/06_dedup.ipynb #8086751f
-def choose_bands(threshold: float, n_hashes: int, recall: float = 0.999) -> tuple[int, int]:
+def choose_bands(threshold: float, n_hashes: int, recall: float = 0.99) -> tuple[int, int]:
     """The most selective bands that still find a pair at the threshold with probability `recall`.
 
     Returns:
@@ -472,7 +472,7 @@ class NearDuplicates:
     """Keep the first of documents that are nearly the same: MinHash, bands, connected components. Chapter 06.
 
     Attributes:
-        threshold: the Jaccard similarity of the sets of shingles from which on two documents count as the same.
+        threshold: from this Jaccard similarity of their shingles on, two documents count as the same.
         n_hashes: bins of a sketch, a power of two; each takes 2 bytes.
         shingle: a shingle has so many characters, or so many words.
         unit: "char", which is fair to every language, or "word" (then each Han character counts as a word).
@@ -483,8 +483,8 @@ class NearDuplicates:
     threshold: float = 0.8
     n_hashes: int = 256
     shingle: int = 5
-    unit: str = "char"
-    recall: float = 0.999
+    unit: Literal["char", "word"] = "char"
+    recall: float = 0.99
     seed: int = 0
     name: str = "near_duplicates"
 
@@ -589,7 +589,7 @@ class RepeatedSentences:
         min_chars: shorter sentences ("Yes.", "好的。") are natural to repeat, and stay.
     """
 
-    max_copies: int = 1
+    max_copies: int = 3
     min_chars: int = 20
     name: str = "repeated_sentences"
 
@@ -692,6 +692,7 @@ def pieces_between(text: str, cuts: Iterable[tuple[int, int]], min_chars: int) -
 
 
 # %% ../chapters/06_dedup.ipynb #86adc6fa
+@dataclass(eq=False)
 class Decontaminate:
     """Find training documents that share a run of words with a benchmark, and drop them or cut the run out. Chapter 06.
 
@@ -707,30 +708,32 @@ class Decontaminate:
     Source: Brown et al., Language Models are Few-Shot Learners, 2020, arXiv:2005.14165, appendix C, with its numbers.
     """
 
+    items: InitVar[Iterable[str | Document]]
+    _: KW_ONLY
+    n: int = 13
+    n_zh: int = 20
+    min_n: int = 8
+    on_hit: str = "drop"
+    window: int = 200
+    min_piece: int = 200
+    max_pieces: int = 10
+    grams: dict[int, np.ndarray] = field(init=False, repr=False)
+    too_short: int = field(init=False)
     name = "decontaminate"
 
-    def __init__(
-        self,
-        items: Iterable[str | Document],
-        *,
-        n: int = 13,
-        n_zh: int = 20,
-        min_n: int = 8,
-        on_hit: str = "drop",
-        window: int = 200,
-        min_piece: int = 200,
-        max_pieces: int = 10,
-    ):
-        if not 1 <= min_n <= min(n, n_zh):
-            raise ValueError(f"min_n={min_n} must be at least 1 and at most n={n} and n_zh={n_zh}")
-        if on_hit not in ("drop", "cut"):
-            raise ValueError(f"on_hit={on_hit!r} must be 'drop' or 'cut'")
-        self.n, self.n_zh, self.min_n, self.on_hit = n, n_zh, min_n, on_hit
-        self.window, self.min_piece, self.max_pieces = window, min_piece, max_pieces
+    def __post_init__(self, items: Iterable[str | Document]) -> None:
+        if not 1 <= self.min_n <= min(self.n, self.n_zh):
+            raise ValueError(
+                f"min_n={self.min_n} must be at least 1 and at most n={self.n} and n_zh={self.n_zh}"
+            )
+        if self.on_hit not in ("drop", "cut"):
+            raise ValueError(f"on_hit={self.on_hit!r} must be 'drop' or 'cut'")
         texts = (item if isinstance(item, str) else item.text for item in items)
-        self.grams, self.too_short = benchmark_grams(texts, n, n_zh, min_n)
+        self.grams, self.too_short = benchmark_grams(texts, self.n, self.n_zh, self.min_n)
         if not self.grams:
-            raise ValueError(f"no item has min_n={min_n} words; lower min_n, or give the items' whole text")
+            raise ValueError(
+                f"no item has min_n={self.min_n} words; lower min_n, or give the items' whole text"
+            )
 
     @classmethod
     def from_files(cls, sources: str | Path | Iterable[str | Path], **options: Any) -> "Decontaminate":

@@ -158,6 +158,22 @@ def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]
     return None if old == new else (name, old, new)
 
 
+def require_same(begun: Any, now: Any, what: str, way_out: str) -> None:
+    """Refuse to go on with what was begun under other settings.
+
+    Args:
+        begun: the nested settings under which it was begun; `now` are those of today.
+        what: what was begun, for the message: the folder.
+        way_out: what to do about it: "choose another --out".
+
+    Raises:
+        ValueError: they differ; the message names the first difference.
+    """
+    if difference := first_difference(begun, now):
+        name, old, new = difference
+        raise ValueError(f"{what} was begun with {name}={old!r}, now {name}={new!r}: {way_out}")
+
+
 def text_key(text: str) -> int:
     """32 bits for a text, the same in every process; half surrogates are let through."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass"))

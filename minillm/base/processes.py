@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import inspect
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -108,6 +110,131 @@ def process_group(
             dist.destroy_process_group()
 
 
+class Outcome(NamedTuple):
+    """What became of a task: its number, what the work returned; or what was the trouble, and the exit code of a worker that ended."""
+
+    number: int
+    value: Any = None
+    trouble: str = ""
+    exitcode: int | None = None
+
+
+class Crew:
+    """Processes that all do one kind of work, task after task. They start with the first task, and end with `close`.
+
+    Args:
+        work: what is done with a task; sent to each process once, as it starts.
+        n: how many processes, of one thread each.
+        start: how `multiprocessing` starts them: "spawn" imports what it needs anew, "fork" copies this process, "forkserver"
+            copies one that has imported torch.
+    """
+
+    def __init__(self, work: Callable[[Any], Any], n: int, *, start: str = "spawn") -> None:
+        self.work, self.n, self.start = work, n, start
+        self.members: dict[Any, Any] = {}  # connection: process
+        self.busy: dict[Any, int] = {}  # connection: number of its task
+
+    def begin(self) -> None:
+        """Start the processes. Ctrl-C is for the parent: the children are born with that signal blocked."""
+        context: Any = multiprocessing.get_context(self.start)
+        if self.start == "forkserver":
+            context.set_forkserver_preload([__name__])
+        block = getattr(signal, "pthread_sigmask", None)
+        if block:
+            block(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(self.n):
+                mine, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, self.work), daemon=True)
+                process.start()
+                theirs.close()
+                self.members[mine] = process
+        finally:
+            if block:
+                block(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def map(self, tasks: Iterable[Any], *, seconds: float | None = None) -> Iterator[Outcome]:
+        """Give out tasks, one at a time to each process; yields what became of each, in the order in which they end.
+
+        A worker that ends is trouble, and is not replaced: who goes on after trouble may see fewer outcomes than tasks.
+
+        Args:
+            tasks: drawn as processes are free.
+            seconds: after so many, what is not done is trouble too; None to wait as long as it takes.
+        """
+        if not self.members:
+            self.begin()
+        deadline = None if seconds is None else time.monotonic() + seconds
+        numbered = enumerate(tasks)
+        idle = [member for member in self.members if member not in self.busy]
+        while True:
+            while idle and (task := next(numbered, None)) is not None:
+                member = idle.pop()
+                self.busy[member] = task[0]
+                with contextlib.suppress(ConnectionError):  # it has ended: what is received from it says so
+                    member.send(task[1])
+            if not self.busy:
+                return
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = connection.wait(list(self.busy), left)
+            for member in ready:
+                outcome = self._hear(member)
+                if outcome.exitcode is None:
+                    idle.append(member)
+                yield outcome
+            if not ready:
+                yield from (Outcome(n, trouble=f"not done after {seconds:.0f} s") for n in self.busy.values())
+                return
+
+    def _hear(self, member: Any) -> Outcome:
+        """What a member says about its task, or that it has ended."""
+        number = self.busy.pop(member)
+        try:
+            good, value = pickle.loads(member.recv_bytes())
+        except (EOFError, ConnectionError):
+            process = self.members.pop(member)
+            process.join()
+            return Outcome(number, None, f"ended with exit code {process.exitcode}", process.exitcode)
+        return Outcome(number, value) if good else Outcome(number, None, value)
+
+    def close(self) -> None:
+        """End the processes: those that wait go by themselves, those that work are killed."""
+        for member, process in self.members.items():
+            if member in self.busy:
+                process.kill()
+            member.close()
+        for process in self.members.values():
+            process.join(10)
+            process.kill()
+            process.join()
+        self.members, self.busy = {}, {}
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _serve(pipe: Any, work: Callable[[Any], Any]) -> None:
+    """A worker's life: tasks come, outcomes go, until the other end closes."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            # Plain pickle: torch's own way to send tensors leaves them in a process that may be gone when they are read.
+            data = pickle.dumps((True, work(task)))
+        except BaseException:  # whatever it was, the parent must hear of it
+            data = pickle.dumps((False, traceback.format_exc()))
+        try:
+            pipe.send_bytes(data)
+        except ConnectionError:  # the parent was killed
+            return
+
+
 def run_processes(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, **options: Any
 ) -> list[Any]:
@@ -122,46 +249,15 @@ def run_processes(
     Raises:
         WorkersFailed: a process raised, was killed or did not finish; none is left running.
     """
-    kind = "forkserver" if sys.platform.startswith("linux") else "spawn"
-    context: Any = multiprocessing.get_context(kind)
-    if kind == "forkserver":
-        context.set_forkserver_preload(["minillm.zero"])  # torch is imported once, not once a process
-    outcomes: dict[int, tuple[bool, Any]] = {}
+    start = "forkserver" if sys.platform.startswith("linux") else "spawn"
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = {}, []
-        for rank in range(world_size):
-            pipe, end = context.Pipe(duplex=False)
-            job = (
-                end,
-                f"file://{folder}/store",
-                rank,
-                world_size,
-                timeout_s,
-                _portable(function),
-                args,
-                options,
-            )
-            processes.append(context.Process(target=_work, args=job, daemon=True))
-            processes[-1].start()
-            end.close()
-            pipes[pipe] = rank
-        deadline = time.monotonic() + 2 * timeout_s
-        while pipes and (ready := connection.wait(list(pipes), max(0.0, deadline - time.monotonic()))):
-            for pipe in ready:
-                rank = pipes.pop(pipe)  # type: ignore[arg-type]
-                try:
-                    outcomes[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
-                except EOFError:
-                    processes[rank].join()
-                    outcomes[rank] = (False, f"ended with exit code {processes[rank].exitcode}")
-        for process in processes:
-            process.join(0 if pipes else 10)
-            process.kill()
-    missing = dict.fromkeys(pipes.values(), (False, f"not done after {2 * timeout_s:.0f} s"))
-    failed = {rank: text for rank, (good, text) in sorted((outcomes | missing).items()) if not good}
-    if failed:
-        raise WorkersFailed("\n".join(f"process {rank}: {text}" for rank, text in failed.items()))
-    return [outcomes[rank][1] for rank in range(world_size)]
+        group = {"init_method": f"file://{folder}/store", "world_size": world_size, "timeout_s": timeout_s}
+        work = functools.partial(_as_rank, group, _portable(function), args, options)
+        with Crew(work, world_size, start=start) as crew:
+            outcomes = sorted(crew.map(range(world_size), seconds=2 * timeout_s))
+    if failed := [outcome for outcome in outcomes if outcome.trouble]:
+        raise WorkersFailed("\n".join(f"process {rank}: {trouble}" for rank, _, trouble, _ in failed))
+    return [outcome.value for outcome in outcomes]
 
 
 def _portable(function: Callable[..., Any]) -> Any:
@@ -171,30 +267,13 @@ def _portable(function: Callable[..., Any]) -> Any:
     return function.__name__, textwrap.dedent(inspect.getsource(function))
 
 
-def _work(
-    pipe: Any,
-    init_method: str,
-    rank: int,
-    world_size: int,
-    timeout_s: float,
-    function: Any,
-    args: Any,
-    options: Any,
-) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-    }  # as torchrun says it
-    try:
-        if isinstance(function, tuple):
-            name, source = function
-            exec(source, space := {})
-            function = space[name]
-        with process_group(init_method=init_method, timeout_s=timeout_s, always=True):
-            outcome = True, function(*args, **options)
-    except BaseException:  # whatever it was, the starter must hear of it
-        outcome = False, traceback.format_exc()
-    pipe.send_bytes(pickle.dumps(outcome))
-    pipe.close()
+def _as_rank(group: dict[str, Any], function: Any, args: Any, options: Any, rank: int) -> Any:
+    """What a process of `run_processes` does."""
+    # as torchrun says it
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(group["world_size"])}
+    if isinstance(function, tuple):
+        name, source = function
+        exec(source, space := {})
+        function = space[name]
+    with process_group(init_method=group["init_method"], timeout_s=group["timeout_s"], always=True):
+        return function(*args, **options)

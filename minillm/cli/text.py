@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
+import docstring_parser
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from minillm.cli.parsing import _parse, _say
+from minillm.pipeline.phases import is_step
+from minillm.pipeline.run import CleanJob, run_job
+from minillm.pipeline.steps import ORDER, CleanSteps, clean_recipe, default_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,90 +79,73 @@ def _corpus(argv: Sequence[str]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CleanArgs:
-    """What to clean, and where to put it."""
+    """The words of `minillm clean`: a job, its steps, and what only the command line asks."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Files (txt, jsonl, parquet; gz, zst), folders, patterns with *, `stdlib:`, `hf:owner/name`."""
-    out: Path = Path("clean")
-    """A folder: the clean text goes into its `documents`."""
+    job: Annotated[CleanJob, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: CleanJob(workers=0)
+    )
     recipe: Literal["web", "own"] = "web"
     """What every setting of the steps has as its default: web for text from anywhere, own for the project's own corpus."""
-    report: bool = True
-    """Write report.html beside report.json."""
-    keep_dropped: bool = False
-    """Keep what was dropped, with step and reason, in dropped.jsonl.gz."""
-    on_error: Literal["skip", "raise"] = "skip"
-    """skip counts what cannot be read, names it with file and line, and goes on; raise stops at it."""
-    workers: int = 0
-    """Processes; 0 for one a core. What comes out does not depend on it."""
-    chunk_documents: int = 1000
-    """So many documents are a unit of work: what a kill costs, and what a worker holds in memory."""
-    seconds_per_document: float = 60.0
-    """A step that works longer on one document drops it."""
-    max_chars: int = 1_000_000
-    """Longer records are not read; longer text files are cut."""
-    text_field: str = "text"
-    """The field or column of the text."""
-    restart: bool = False
-    """Begin anew, and throw away what --out holds of another cleaning run."""
     quiet: bool = False
     """No progress bars."""
+    steps: Annotated[CleanSteps, tyro.conf.arg(name="")] = dataclasses.field(default_factory=CleanSteps)
 
 
 def _clean(argv: Sequence[str]) -> int:
-    from minillm.pipeline.run import clean
-    from minillm.pipeline.steps import CleanConfig, clean_recipe, default_steps
-
     words = list(argv)
     named = [word.partition("=")[2] for word in words if word.startswith("--recipe=")]
     named += [after for word, after in zip(words, words[1:]) if word == "--recipe"]
-    chosen = clean_recipe(named[-1] if named else "web")
-    fields = [
-        ("run", Annotated[CleanArgs, tyro.conf.arg(name="")], dataclasses.field(default_factory=CleanArgs)),
-        (
-            "config",
-            Annotated[CleanConfig, tyro.conf.arg(name="")],
-            dataclasses.field(default_factory=lambda: chosen),
-        ),
-    ]
-    both = dataclasses.make_dataclass("Args", fields)
+    chosen = CleanArgs(steps=clean_recipe(named[-1] if named else "web"))
     description = (
-        "Lead text through the steps of chapters 02 and 06: extract, repair, language, heuristics, length, machine, pii, "
-        "toxicity, exact, near, sentences, decontaminate. --skip NAME… leaves steps out. A run that was stopped or killed is "
-        "taken up by the same command. Then: minillm speedrun --data OUT/documents"
+        f"Lead text through the steps of chapters 02 to 06: {', '.join(ORDER)}. --skip NAME… leaves steps out. A run that was "
+        "stopped or killed is taken up by the same command. Then: minillm speedrun --data OUT/documents"
     )
-    parsed: Any = _parse(both, prog="minillm clean", description=description, args=words)
-    args = parsed.run
-    if not args.sources:
+    args = _parse(
+        CleanArgs,
+        prog="minillm clean",
+        description=description,
+        args=words,
+        default=chosen,
+        registry=_registry(),
+    )
+    if not args.job.sources:
         raise ValueError(
             "nothing to clean: name files or folders, or write a corpus first: minillm corpus --out raw.jsonl"
         )
-    if args.workers < 0:
-        raise ValueError(f"workers must not be negative, got {args.workers}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    steps = default_steps(parsed.config, args.sources)
+    steps = default_steps(args.steps, args.job.sources)
     try:
-        result = clean(
-            args.sources,
-            steps,
-            args.out,
-            workers=args.workers or cores,
-            on_error=args.on_error,
-            keep_dropped=args.keep_dropped,
-            report=args.report,
-            restart=args.restart,
-            chunk_documents=args.chunk_documents,
-            seconds_per_document=args.seconds_per_document,
-            max_chars=args.max_chars,
-            text_field=args.text_field,
-            progress=not args.quiet,
-            say=_say,
-        )
+        result = run_job(args.job, steps, progress=not args.quiet, say=_say)
     except KeyboardInterrupt:
         print("minillm: interrupted; the same command resumes", file=sys.stderr)
         return 130
-    _say_clean(args.out, result)
+    _say_clean(args.job.out, result)
     return 0
+
+
+def _registry() -> ConstructorRegistry:
+    """How the command line reads a step of a chapter: its fields are options, but for its name and for functions."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def _(info: StructTypeInfo) -> StructConstructorSpec | None:
+        step, kinds = info.default, get_type_hints(info.type) if dataclasses.is_dataclass(info.type) else {}
+        if "name" not in kinds or not is_step(step):
+            return None
+        docs = docstring_parser.parse(info.type.__doc__ or "")
+        told = {param.arg_name: param.description for param in docs.params}
+        fields = tuple(
+            StructFieldSpec(name, kind, getattr(step, name), told.get(name))
+            for name, kind in kinds.items()
+            if name != "name" and "Callable" not in str(kind)
+        )
+
+        def build(**given: Any) -> Any:
+            return dataclasses.replace(step, **given)
+
+        build.__doc__ = docs.short_description
+        return StructConstructorSpec(build, fields)
+
+    return registry
 
 
 def _say_clean(out: Path, result: dict[str, Any]) -> None:

@@ -15,8 +15,9 @@ from minillm.base.errors import CleanError
 from minillm.base.optional import optional
 from minillm.corpus import Document
 from minillm.extract import Drop
-from minillm.pipeline.phases import Rules, is_corpus_step, plan
-from minillm.pipeline.work import each, pack, unpack
+from minillm.pipeline.phases import FailurePolicy, is_corpus_step, plan
+from minillm.pipeline.sources import read_sources
+from minillm.pipeline.work import as_json, each, pack, unpack
 from minillm.readers.documents import FIELDS, record_of
 from minillm.readers.files import ReadStats, find_files
 
@@ -63,7 +64,7 @@ def part_of(carried: Carried, rank: int) -> str:
 
 
 class ReadBlock(PipelineStep):
-    """Reads what `corpus.read_documents` reads, one part for each file; task r takes the files r, r + tasks, …"""
+    """Reads what `read_documents` reads, one part for each file; task r takes the files r, r + tasks, …"""
 
     name, type = "minillm", "📖 - READER"
 
@@ -87,8 +88,6 @@ class ReadBlock(PipelineStep):
 
     def read(self, path: Path, stats: ReadStats) -> Iterator[Document]:
         """The documents of one file; a file in which nothing can be read is counted, unless errors are to be raised."""
-        from minillm.pipeline.run import read_sources
-
         return read_sources(
             [str(path)],
             self.options.get("on_error", "skip"),
@@ -98,12 +97,12 @@ class ReadBlock(PipelineStep):
 
 
 class StepBlock(PipelineStep):
-    """Leads documents through steps of chapter 02, one after the other; what they drop goes to `dropped`, if that is given."""
+    """Leads documents through steps of chapters 02 to 05, one after the other; what they drop goes to `dropped`, if that is given."""
 
     type = "🧹 - CLEAN"
 
-    def __init__(self, steps: Sequence[Any], rules: Rules | None = None, dropped: Any = None) -> None:
-        self.steps, self.rules, self.dropped = tuple(steps), rules or Rules(), dropped
+    def __init__(self, steps: Sequence[Any], policy: FailurePolicy | None = None, dropped: Any = None) -> None:
+        self.steps, self.policy, self.dropped = tuple(steps), policy or FailurePolicy(), dropped
         self.name = ", ".join(step.name for step in self.steps)
         if wrong := [step.name for step in self.steps if is_corpus_step(step)]:
             raise ValueError(
@@ -131,7 +130,7 @@ class StepBlock(PipelineStep):
         """Lead a batch through the steps."""
         documents = [from_carried(one) for one in carried]
         for step, act in self.acts():
-            outcomes = each(step, act, documents, self.rules)
+            outcomes = each(step, act, documents, self.policy)
             kept = [(one, made) for one, made in zip(carried, outcomes) if not isinstance(made, Drop)]
             for one, before, made in zip(carried, documents, outcomes):
                 if isinstance(made, Drop):
@@ -154,9 +153,9 @@ class SketchBlock(PipelineStep):
 
     type = "✏️ - SKETCH"
 
-    def __init__(self, step: Any, folder: DataFolderLike, rules: Rules | None = None) -> None:
+    def __init__(self, step: Any, folder: DataFolderLike, policy: FailurePolicy | None = None) -> None:
         super().__init__()
-        self.step, self.name, self.rules = step, step.name, rules or Rules(on_error="raise")
+        self.step, self.name, self.policy = step, step.name, policy or FailurePolicy(on_error="raise")
         self.folder = get_datafolder(folder)
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
@@ -189,8 +188,6 @@ class ResolveBlock(PipelineStep):
         """Read all sketches in the order of the parts, write a file of decisions for each part."""
         if world_size != 1:
             raise ValueError(f"{self.name}: one task decides about all documents, not {world_size}")
-        from minillm.pipeline.work import as_json
-
         sizes: dict[str, int] = {}
 
         def sketches() -> Iterator[np.ndarray]:
@@ -215,9 +212,9 @@ class ApplyBlock(StepBlock):
     type = "✂️ - APPLY"
 
     def __init__(
-        self, step: Any, decisions: DataFolderLike, rules: Rules | None = None, dropped: Any = None
+        self, step: Any, decisions: DataFolderLike, policy: FailurePolicy | None = None, dropped: Any = None
     ) -> None:
-        super().__init__([], rules, dropped)
+        super().__init__([], policy, dropped)
         self.step, self.name, self.decisions = step, step.name, get_datafolder(decisions)
         self.pending: Iterator[Any] = iter(())
 
@@ -256,22 +253,22 @@ def cluster_jobs(
     *,
     tasks: int,
     kind: str = "local",
-    rules: Rules | None = None,
+    policy: FailurePolicy | None = None,
     read_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Any]:
     """Build the jobs that lead `sources` through `steps` into `out/documents`, each waiting for the one before.
 
-    The documents and their order are those of `clean.clean` with the same steps. Run the last job; it launches the others.
+    The documents and their order are those of `pipeline.run.clean` with the same steps. Run the last job; it launches the others.
 
     Args:
         sources: files, folders and patterns that every machine sees under the same path.
-        steps: as for `clean.clean`.
+        steps: as for `pipeline.run.clean`.
         out: a folder that every machine sees.
         tasks: into how many tasks a job is cut; more than there are files makes no sense.
         kind: "local" for processes of this machine, "slurm", or "ray".
-        rules: on_error, keep_dropped (into `out/dropped`) and seconds_per_document.
-        read_options: for `corpus.read_documents`.
+        policy: on_error, keep_dropped (into `out/dropped`) and seconds_per_document.
+        read_options: for `read_documents`.
         options: for datatrove's executor: `workers` for all; `time`, `partition`, `mem_per_cpu_gb`, `sbatch_args` … for Slurm.
 
     Raises:
@@ -279,13 +276,13 @@ def cluster_jobs(
     """
     if tasks < 1:
         raise ValueError(f"tasks={tasks} must be at least 1")
-    out, rules, jobs = Path(out).absolute(), rules or Rules(), []
+    out, policy, jobs = Path(out).absolute(), policy or FailurePolicy(), []
     work = out / "work"
     sources = [str(source) for source in sources]
     executor = _executor(kind)
 
     def dropped(step: Any) -> Any:
-        if not rules.keep_dropped:
+        if not policy.keep_dropped:
             return None
         return JsonlWriter(f"{out}/dropped", f"${{part}}.{step.name}.${{rank}}.jsonl.gz", adapter=as_record)
 
@@ -297,26 +294,26 @@ def cluster_jobs(
     phases = plan(steps)
     for number, phase in enumerate(phases):
         shelf = f"{work}/{number}"
-        if phase.enter is None:
-            pipeline: list[Any] = [ReadBlock(sources, **{"on_error": rules.on_error, **(read_options or {})})]
+        if phase.before is None:
+            pipeline: list[Any] = [ReadBlock(sources, **{"on_error": policy.on_error, **(read_options or {})})]
         else:
             before = f"{work}/{number - 1}"
             add(
-                f"{phase.enter.name}-resolve",
-                [ResolveBlock(phase.enter, f"{before}/sketches", f"{before}/decisions")],
+                f"{phase.before.name}-resolve",
+                [ResolveBlock(phase.before, f"{before}/sketches", f"{before}/decisions")],
                 1,
             )
             pipeline = [
                 JsonlReader(f"{before}/documents", add_file_path=False),
-                ApplyBlock(phase.enter, f"{before}/decisions", rules, dropped(phase.enter)),
+                ApplyBlock(phase.before, f"{before}/decisions", policy, dropped(phase.before)),
             ]
-        pipeline += [StepBlock([step], rules, dropped(step)) for step in phase.steps]
-        if phase.leave is not None:
+        pipeline += [StepBlock([step], policy, dropped(step)) for step in phase.steps]
+        if phase.after is not None:
             pipeline += [
-                SketchBlock(phase.leave, f"{shelf}/sketches"),
+                SketchBlock(phase.after, f"{shelf}/sketches"),
                 JsonlWriter(f"{shelf}/documents", "${part}.jsonl.gz", adapter=as_shelved),
             ]
-            add(f"{phase.leave.name}-sketch", pipeline, tasks)
+            add(f"{phase.after.name}-sketch", pipeline, tasks)
         else:
             pipeline.append(JsonlWriter(f"{out}/documents", "${part}.jsonl.gz", adapter=as_record))
             add("documents", pipeline, tasks)

@@ -10,27 +10,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from minillm.corpus import Document
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Phase:
     """Steps between two looks at the whole collection.
 
-    `enter` applies what was decided about the collection, `steps` work document by document, `leave` makes the sketches
-    for the next decision.
+    `before` is the step that applies what was decided about the collection, `steps` work document by document, `after` is the
+    step that makes the sketches for the next decision. Either may be None.
     """
 
-    enter: Any
+    before: Any
     steps: tuple[Any, ...]
-    leave: Any
+    after: Any
 
     @property
     def acting(self) -> tuple[Any, ...]:
         """The steps that change or drop documents here, in order."""
-        return (*((self.enter,) if self.enter is not None else ()), *self.steps)
+        return (*((self.before,) if self.before is not None else ()), *self.steps)
 
 
 def is_corpus_step(step: Any) -> bool:
@@ -49,7 +47,7 @@ def plan(steps: Sequence[Any]) -> list[Phase]:
     Raises:
         ValueError: something in the list is no step, or two steps have one name.
     """
-    phases, enter, plain = [], None, []
+    phases, before, plain = [], None, []
     names = Counter(getattr(step, "name", None) for step in steps)
     for step in steps:
         if not (isinstance(getattr(step, "name", None), str) and is_step(step)):
@@ -61,11 +59,11 @@ def plan(steps: Sequence[Any]) -> list[Phase]:
                 f"two steps are named {step.name!r}: the report could not tell them apart; rename one"
             )
         if is_corpus_step(step):
-            phases.append(Phase(enter, tuple(plain), step))
-            enter, plain = step, []
+            phases.append(Phase(before, tuple(plain), step))
+            before, plain = step, []
         else:
             plain.append(step)
-    return [*phases, Phase(enter, tuple(plain), None)]
+    return [*phases, Phase(before, tuple(plain), None)]
 
 
 def describe(step: Any) -> dict[str, Any]:
@@ -100,13 +98,20 @@ def _plain(value: Any) -> Any:
     return f"blake2b:{hashlib.blake2b(data, digest_size=8).hexdigest()}"
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How a run treats what goes wrong, and what it keeps."""
+@dataclass(frozen=True, kw_only=True)
+class FailurePolicy:
+    """What a run does with documents on which something fails, and with those that it drops."""
 
-    on_error: str = "skip"
+    on_error: Literal["skip", "raise"] = "skip"
+    """skip counts what cannot be read, names it with file and line, and goes on; raise stops at it."""
     keep_dropped: bool = False
+    """Keep what was dropped, with step and reason, in dropped.jsonl.gz."""
     seconds_per_document: float = 60.0
+    """A step that works longer on one document drops it; 0 for no limit."""
 
-
-Counted = tuple[Document, int]  # a document and its number of words
+    def __post_init__(self) -> None:
+        if self.on_error not in ("skip", "raise"):
+            raise ValueError(f"on_error={self.on_error!r} must be 'skip' or 'raise'")
+        if not 0 <= self.seconds_per_document < float("inf"):
+            seconds = self.seconds_per_document
+            raise ValueError(f"seconds_per_document={seconds} must be a number that is not negative")

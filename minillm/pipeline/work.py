@@ -1,4 +1,4 @@
-"""The work of cleaning in chunks: clocks, faults, workers."""
+"""The work on one chunk of documents: steps under a clock, faults, accounts, and the chunk's files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import gzip
 import io
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import signal
 import threading
 import time
@@ -17,20 +15,18 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minillm.base.errors import CleanError, MiniLLMError
-from minillm.base.files import atomic_write, text_key
+from minillm.base.files import atomic_write
 from minillm.corpus import Document, units
 from minillm.extract import Drop
-from minillm.pipeline.accounts import Account, _compare
-from minillm.pipeline.phases import Counted, Phase, Rules, is_corpus_step, plan
+from minillm.pipeline.accounts import Account
+from minillm.pipeline.phases import FailurePolicy, Phase, is_corpus_step, plan
 from minillm.readers.documents import document_of, line_of
-from minillm.world.truth import EXPECTED, truth_of
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +65,14 @@ class _Clock:
             signal.signal(signal.SIGALRM, self.before)
 
 
-def _fault(step: Any, document: Document, error: BaseException, rules: Rules) -> Drop:
+def _fault(step: Any, document: Document, error: BaseException, policy: FailurePolicy) -> Drop:
     """An exception inside a step: the document is dropped and counted, or the run stops, as the caller chose."""
     where = document.meta.get("source", "a document")
     if isinstance(error, _TooSlow):
-        drop = Drop("too_slow", f"more than {rules.seconds_per_document:g} s")
+        drop = Drop("too_slow", f"more than {policy.seconds_per_document:g} s")
     else:
         drop = Drop("error", f"{type(error).__name__}: {str(error)[:200]}")
-    if rules.on_error == "raise":
+    if policy.on_error == "raise":
         raise CleanError(
             f"{where}: step {step.name!r} failed ({drop.detail}); correct the document, or use --on-error skip"
         ) from error
@@ -84,61 +80,23 @@ def _fault(step: Any, document: Document, error: BaseException, rules: Rules) ->
     return drop
 
 
-def each(step: Any, act: Callable[[Document], Any], documents: Sequence[Document], rules: Rules) -> list[Any]:
+def each(
+    step: Any, act: Callable[[Document], Any], documents: Iterable[Document], policy: FailurePolicy
+) -> list[Any]:
     """What an action makes of each document; a `Drop` where it fails."""
     outcomes: list[Any] = []
-    clock = _Clock(rules.seconds_per_document)
+    clock = _Clock(policy.seconds_per_document)
     try:
         for document in documents:
             try:
                 with clock:
                     outcome = act(document)
             except (Exception, _TooSlow) as error:
-                outcome = _fault(step, document, error, rules)
+                outcome = _fault(step, document, error, policy)
             outcomes.append(outcome)
     finally:
         clock.close()
     return outcomes
-
-
-def _act(
-    step: Any, act: Callable[[Document], Any], documents: list[Counted], rules: Rules
-) -> tuple[list[Counted], list[tuple[Document, Drop]], Account]:
-    """Lead documents through one step and keep the account."""
-    account, kept, dropped = Account(step.name), [], []
-    expects = EXPECTED.get(type(step).__name__)
-    start = time.perf_counter()
-    outcomes = each(step, act, [document for document, _ in documents], rules)
-    account.seconds = time.perf_counter() - start
-    account.n_in = len(documents)
-    for (document, n_words), outcome in zip(documents, outcomes):
-        label = truth_of(document)
-        truth = account.truth.setdefault(label, [0, 0, 0])
-        truth[0] += 1
-        account.tokens_in += n_words
-        is_drop, changed = isinstance(outcome, Drop), False
-        if is_drop:
-            truth[1] += 1
-            account.reasons[outcome.reason] = account.reasons.get(outcome.reason, 0) + 1
-            dropped.append((document, outcome))
-            account.show(outcome.reason, text_key(document.text), document.text, outcome.detail)
-        else:
-            changed = outcome.text is not document.text and outcome.text != document.text
-            if changed:
-                truth[2] += 1
-                account.changed += 1
-                n_words = len(units(outcome.text))
-                _compare(account, document, outcome, type(step).__name__)
-            account.tokens_out += n_words
-            kept.append((outcome, n_words))
-        if expects is not None and expects(document, step):
-            account.expected[0] += 1
-            account.expected[1] += is_drop or changed
-        elif is_drop or changed:
-            account.expected[2] += 1
-            account.expected[3] += label == ""
-    account.n_out = len(kept)
-    return kept, dropped, account
 
 
 def clean_documents(documents: Iterable[Document], steps: Sequence[Any]) -> Iterator[Document | Drop]:
@@ -148,7 +106,7 @@ def clean_documents(documents: Iterable[Document], steps: Sequence[Any]) -> Iter
         ValueError: something in the list is no step.
     """
     results: list[Any] = list(documents)
-    for step in (step for phase in plan(steps) for step in (*phase.acting,)):
+    for step in (step for phase in plan(steps) for step in phase.acting):
         alive = [i for i, result in enumerate(results) if isinstance(result, Document)]
         if is_corpus_step(step):
             decisions = step.resolve(step.sketch(results[i]) for i in alive)
@@ -159,6 +117,19 @@ def clean_documents(documents: Iterable[Document], steps: Sequence[Any]) -> Iter
             for i in alive:
                 results[i] = step(results[i])
     return iter(results)
+
+
+def chunks_of(documents: Iterator[Document], n: int) -> Iterator[list[Document]]:
+    """Groups of `n` documents, fewer where they are long."""
+    chunk, characters = [], 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if len(chunk) >= n or characters >= CHUNK_CHARS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def pack(sketches: list[np.ndarray]) -> bytes:
@@ -178,204 +149,6 @@ def unpack(file: Any) -> list[np.ndarray]:
     return np.split(numbers, np.cumsum(sizes)[:-1]) if len(sizes) else []
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run's phases and folder: all that a worker must know."""
-
-    phases: tuple[Phase, ...]
-    folder: Path
-    rules: Rules
-
-    def place(self, phase: int, chunk: int, what: str) -> Path:
-        """The file of a chunk in a phase: its "account.json", "documents.jsonl", "sketches.npy", "dropped.jsonl"."""
-        return self.folder / "work" / f"phase-{phase}" / f"{chunk:06d}.{what}"
-
-    def output(self, chunk: int) -> Path:
-        """Where the clean documents of a chunk go."""
-        return self.folder / "documents" / f"documents-{chunk:06d}.jsonl.gz"
-
-    def done(self, phase: int, chunk: int) -> bool:
-        """Whether a chunk has been through a phase."""
-        return self.place(phase, chunk, "account.json").exists()
-
-    def load(self, phase: int, chunk: int) -> list[Counted]:
-        """The documents that left a phase."""
-        with open(self.place(phase, chunk, "documents.jsonl"), encoding="utf-8") as file:
-            records = map(json.loads, file)
-            return [(document_of(record), record["words"]) for record in records]
-
-    def run(self, number: int, chunk: int, payload: Any) -> int:
-        """Lead a chunk through a phase. `payload` is its documents in phase 0, later what was decided about them.
-
-        Its files are written in an order that makes the account, the last of them, mean that all are there.
-
-        Returns:
-            How many documents went in.
-        """
-        phase, dropped, accounts, decisions = self.phases[number], [], [], []
-        if number == 0:
-            counted = [(document, len(units(document.text))) for document in payload]
-        else:
-            counted, decisions = self.load(number - 1, chunk), json.loads(payload)
-            assert len(counted) == len(decisions), (number, chunk, len(counted), len(decisions))
-        n_in = len(counted)
-        for place, step in enumerate(phase.acting):
-            if place == 0 and phase.enter is not None:
-                decided = iter(decisions)
-                act = lambda d, step=step, decided=decided: (  # noqa: E731
-                    d if (decision := next(decided)) is None else step.apply(d, decision)
-                )
-            else:
-                act = step
-            counted, gone, account = _act(step, act, counted, self.rules)
-            dropped += [(step.name, *pair) for pair in gone]
-            accounts.append(account)
-        sketches: list[np.ndarray] = []
-        if phase.leave is not None:
-            counted = self._sketch(phase.leave, counted, sketches, dropped, accounts)
-        if self.rules.keep_dropped:
-            with atomic_write(self.place(number, chunk, "dropped.jsonl"), "wb") as file:
-                for name, document, drop in dropped:
-                    why = {"step": name, "reason": drop.reason, "detail": drop.detail}
-                    file.write(line_of(document, dropped=why))
-        if phase.leave is not None:
-            with atomic_write(self.place(number, chunk, "documents.jsonl"), "wb") as file:
-                file.writelines(line_of(document, words=n) for document, n in counted)
-            with atomic_write(self.place(number, chunk, "sketches.npy"), "wb") as file:
-                file.write(pack(sketches))
-        elif counted:
-            with atomic_write(self.output(chunk), "wb") as file:
-                file.write(gzip.compress(b"".join(line_of(d) for d, _ in counted), 6, mtime=0))
-        with atomic_write(self.place(number, chunk, "account.json")) as file:
-            json.dump([dataclasses.asdict(account) for account in accounts], file, ensure_ascii=False)
-        if number:
-            self.place(number - 1, chunk, "documents.jsonl").unlink(missing_ok=True)
-        return n_in
-
-    def _sketch(
-        self,
-        step: Any,
-        counted: list[Counted],
-        sketches: list[np.ndarray],
-        dropped: list[tuple[str, Document, Drop]],
-        accounts: list[Account],
-    ) -> list[Counted]:
-        """Sketch every document; those that cannot be sketched are dropped by that step."""
-        made: list[Any] = []
-        documents = [document for document, _ in counted]
-        start = time.perf_counter()
-        if hasattr(
-            step, "sketch_batch"
-        ):  # many at once, faster; if one of them fails, one by one shows which
-            with contextlib.suppress(Exception):
-                made = list(step.sketch_batch([document.text for document in documents]))
-        if len(made) != len(counted):
-            made = each(step, step.sketch, documents, self.rules)
-        accounts.append(Account(step.name, seconds=time.perf_counter() - start))
-        bad = [(pair, drop) for pair, drop in zip(counted, made) if isinstance(drop, Drop)]
-        sketches += [np.asarray(sketch) for sketch in made if not isinstance(sketch, Drop)]
-        if bad:
-            account = Account(step.name, n_in=len(bad), tokens_in=sum(n for (_, n), _ in bad))
-            account.reasons = dict(Counter(drop.reason for _, drop in bad))
-            accounts.append(account)
-            dropped += [(step.name, document, drop) for (document, _), drop in bad]
-        return [pair for pair, sketch in zip(counted, made) if not isinstance(sketch, Drop)]
-
-
-def _serve(connection: Any, job: Job) -> None:
-    """A worker's life: chunks come, counts go, until the other end closes."""
-    import torch
-
-    torch.set_num_threads(1)
-    while True:
-        try:
-            task = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        try:
-            reply = None, job.run(*task)
-        except MiniLLMError as error:
-            reply = str(error), 0
-        except Exception:
-            reply = f"cleaning failed in phase {task[0]}, chunk {task[1]}:\n{traceback.format_exc()}", 0
-        try:
-            connection.send(reply)
-        except ConnectionError:  # the parent was killed
-            return
-
-
-class _Workers:
-    """Processes that lead chunks through phases; started when there is work for more than one."""
-
-    def __init__(self, job: Job, n: int) -> None:
-        self.job, self.n = job, n
-        self.crew: dict[Any, Any] = {}  # connection: process
-
-    def start(self) -> None:
-        """Start the processes. Ctrl-C is for the parent: the children are born with that signal blocked."""
-        context = multiprocessing.get_context("spawn")
-        block = getattr(signal, "pthread_sigmask", None)
-        if block:
-            block(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for _ in range(self.n):
-                mine, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, self.job), daemon=True)
-                process.start()
-                theirs.close()
-                self.crew[mine] = process
-        finally:
-            if block:
-                block(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-    def close(self) -> None:
-        """End the processes, whatever they do."""
-        for connection, process in self.crew.items():
-            connection.close()
-            process.terminate()
-        for process in self.crew.values():
-            process.join()
-        self.crew = {}
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def map(self, tasks: Iterator[tuple[int, int, Any]]) -> Iterator[int]:
-        """Run tasks, a few at a time and in any order; yields the number of documents of each that is done."""
-        first = list(islice(tasks, 2))
-        if self.n == 1 or len(first) < 2:
-            for task in chain(first, tasks):
-                yield self.job.run(*task)
-            return
-        if not self.crew:
-            self.start()
-        tasks, busy, idle = chain(first, tasks), {}, list(self.crew)
-        while True:
-            while idle and (task := next(tasks, None)) is not None:
-                connection = idle.pop()
-                connection.send(task)
-                busy[connection] = task[1]
-            if not busy:
-                return
-            for connection in multiprocessing.connection.wait(list(busy)):
-                chunk = busy.pop(connection)
-                try:
-                    error, n = connection.recv()  # type: ignore[union-attr]
-                except (EOFError, ConnectionError):
-                    self.crew[connection].join()
-                    raise CleanError(
-                        f"a worker ended in chunk {chunk} (exit code {self.crew[connection].exitcode}), for want of memory "
-                        "perhaps: the same command goes on from there; give it fewer --workers"
-                    ) from None
-                if error:
-                    raise CleanError(error)
-                yield n
-                idle.append(connection)
-
-
 def as_json(value: Any) -> Any:
     """NumPy's numbers and sets for `json.dump`."""
     if isinstance(value, np.ndarray):
@@ -387,14 +160,174 @@ def as_json(value: Any) -> Any:
     raise TypeError(f"{value!r} is no decision: it must be JSON")
 
 
-def _chunks(documents: Iterator[Document], n: int) -> Iterator[list[Document]]:
-    """Groups of `n` documents, fewer where they are long."""
-    chunk, characters = [], 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document.text)
-        if len(chunk) >= n or characters >= CHUNK_CHARS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+@dataclass(slots=True)
+class Parcel:
+    """A document on its way, its number of words, and its record as it was read, for as long as no step touches it."""
+
+    document: Document
+    words: int
+    record: bytes = b""
+
+    @classmethod
+    def load(cls, line: bytes) -> Parcel:
+        """What `line` wrote."""
+        words, _, record = line.partition(b"\t")
+        return cls(document_of(json.loads(record)), int(words), record)
+
+    def written(self) -> bytes:
+        """The record: a document that came through as it was is not put into JSON again."""
+        self.record = self.record or line_of(self.document)
+        return self.record
+
+    def line(self) -> bytes:
+        """The line between two phases: the number of words, a tabulator, the record."""
+        return b"%d\t%b" % (self.words, self.written())
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """What is done with a chunk of documents in each phase of a run, and in which files: all that a worker must know."""
+
+    phases: tuple[Phase, ...]
+    folder: Path
+    policy: FailurePolicy
+
+    def place(self, phase: int, chunk: int, what: str) -> Path:
+        """A chunk's "account.json", "documents.tsv", "sketches.npy" or "dropped.jsonl.gz" in a phase."""
+        return self.folder / "work" / f"phase-{phase}" / f"{chunk:06d}.{what}"
+
+    def output(self, chunk: int) -> Path:
+        """Where the clean documents of a chunk go."""
+        return self.folder / "documents" / f"documents-{chunk:06d}.jsonl.gz"
+
+    def done(self, phase: int, chunk: int) -> bool:
+        """Whether a chunk has been through a phase."""
+        return self.place(phase, chunk, "account.json").exists()
+
+    def try_run(self, task: tuple[int, int, Any]) -> tuple[str, int]:
+        """`run` in a worker: what went wrong, or "", and how many documents went in."""
+        try:
+            return "", self.run(*task)
+        except MiniLLMError as error:
+            return str(error), 0
+        except Exception:
+            return f"cleaning failed in phase {task[0]}, chunk {task[1]}:\n{traceback.format_exc()}", 0
+
+    def run(self, number: int, chunk: int, payload: Any) -> int:
+        """Lead a chunk through a phase. `payload` is its documents in phase 0, later what was decided about them.
+
+        Returns:
+            How many documents went in.
+        """
+        phase, accounts = self.phases[number], []
+        dropped: list[tuple[str, Document, Drop]] = []
+        parcels, acts = self._begin(number, chunk, payload)
+        n_in = len(parcels)
+        for step, act in acts:
+            parcels, account = self._through(step, act, parcels, dropped)
+            accounts.append(account)
+        sketches: list[np.ndarray] = []
+        if phase.after is not None:
+            parcels = self._sketch(phase.after, parcels, sketches, dropped, accounts)
+        self._write(number, chunk, parcels, sketches, dropped, accounts)
+        return n_in
+
+    def _begin(self, number: int, chunk: int, payload: Any) -> tuple[list[Parcel], list[tuple[Any, Any]]]:
+        """The chunk's documents as they come to a phase; and its steps, each with what it does to a document."""
+        phase = self.phases[number]
+        acts = [(step, step) for step in phase.steps]
+        if number == 0:
+            return [Parcel(document, len(units(document.text))) for document in payload], acts
+        with open(self.place(number - 1, chunk, "documents.tsv"), "rb") as file:
+            parcels = [Parcel.load(line) for line in file]
+        decisions = json.loads(payload)
+        assert len(parcels) == len(decisions), (number, chunk, len(parcels), len(decisions))
+        coming = iter(decisions)
+
+        def apply(document: Document) -> Document | Drop:
+            return document if (decision := next(coming)) is None else phase.before.apply(document, decision)
+
+        return parcels, [(phase.before, apply), *acts]
+
+    def _through(
+        self, step: Any, act: Any, parcels: list[Parcel], dropped: list[tuple[str, Document, Drop]]
+    ) -> tuple[list[Parcel], Account]:
+        """Lead documents through one step and keep the account."""
+        account, kept = Account(step.name, n_in=len(parcels)), []
+        start = time.perf_counter()
+        outcomes = each(step, act, (parcel.document for parcel in parcels), self.policy)
+        account.seconds = time.perf_counter() - start
+        for parcel, outcome in zip(parcels, outcomes):
+            before, words, changed = parcel.document, parcel.words, False
+            account.tokens_in += words
+            if isinstance(outcome, Drop):
+                dropped.append((step.name, before, outcome))
+            else:
+                changed = outcome.text is not before.text and outcome.text != before.text
+                words = len(units(outcome.text)) if changed else words
+                kept.append(parcel if outcome is before else Parcel(outcome, words))
+            account.book(step, before, outcome, words, changed)
+        return kept, account
+
+    def _sketch(
+        self,
+        step: Any,
+        parcels: list[Parcel],
+        sketches: list[np.ndarray],
+        dropped: list[tuple[str, Document, Drop]],
+        accounts: list[Account],
+    ) -> list[Parcel]:
+        """Sketch every document; those that cannot be sketched are dropped by that step."""
+        made: list[Any] = []
+        documents = [parcel.document for parcel in parcels]
+        start = time.perf_counter()
+        # Many at once, faster; if one of them fails, one by one shows which.
+        if hasattr(step, "sketch_batch"):
+            with contextlib.suppress(Exception):
+                made = list(step.sketch_batch([document.text for document in documents]))
+        if len(made) != len(parcels):
+            made = each(step, step.sketch, documents, self.policy)
+        accounts.append(Account(step.name, seconds=time.perf_counter() - start))
+        bad = [(parcel, drop) for parcel, drop in zip(parcels, made) if isinstance(drop, Drop)]
+        sketches += [np.asarray(sketch) for sketch in made if not isinstance(sketch, Drop)]
+        if bad:
+            account = Account(step.name, n_in=len(bad), tokens_in=sum(parcel.words for parcel, _ in bad))
+            account.reasons = dict(Counter(drop.reason for _, drop in bad))
+            accounts.append(account)
+            dropped += [(step.name, parcel.document, drop) for parcel, drop in bad]
+        return [parcel for parcel, sketch in zip(parcels, made) if not isinstance(sketch, Drop)]
+
+    def _write(
+        self,
+        number: int,
+        chunk: int,
+        parcels: list[Parcel],
+        sketches: list[np.ndarray],
+        dropped: list[tuple[str, Document, Drop]],
+        accounts: list[Account],
+    ) -> None:
+        """Write a chunk's files in an order that makes the account, the last of them, mean that all are there."""
+        if self.policy.keep_dropped:
+            gone = (
+                line_of(document, dropped={"step": name, "reason": drop.reason, "detail": drop.detail})
+                for name, document, drop in dropped
+            )
+            self._pack(self.place(number, chunk, "dropped.jsonl.gz"), gone)
+        if self.phases[number].after is not None:
+            with atomic_write(self.place(number, chunk, "documents.tsv"), "wb") as file:
+                file.writelines(parcel.line() for parcel in parcels)
+            with atomic_write(self.place(number, chunk, "sketches.npy"), "wb") as file:
+                file.write(pack(sketches))
+        elif parcels:
+            self._pack(self.output(chunk), (parcel.written() for parcel in parcels))
+        with atomic_write(self.place(number, chunk, "account.json")) as file:
+            json.dump([dataclasses.asdict(account) for account in accounts], file, ensure_ascii=False)
+        if number:
+            self.place(number - 1, chunk, "documents.tsv").unlink(missing_ok=True)
+
+    @staticmethod
+    def _pack(path: Path, records: Iterable[bytes]) -> None:
+        """Records as one member of a gzip file, the same on every day; no record, no byte."""
+        data = b"".join(records)
+        with atomic_write(path, "wb") as file:
+            file.write(gzip.compress(data, 6, mtime=0) if data else b"")

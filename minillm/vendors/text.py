@@ -109,6 +109,22 @@ def load_huggingface_detector(model: str, label: int) -> HuggingFaceDetector:
     return HuggingFaceDetector(network, AutoTokenizer.from_pretrained(model), label)
 
 
+class LoadedDetector:
+    """A Hugging Face classifier as a detector that can be sent to a worker: each process loads it at first use."""
+
+    def __init__(self, model: str, label: int) -> None:
+        self.model, self.label = model, label
+        self._detect: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "label": self.label, "_detect": None}
+
+    def __call__(self, text: str) -> float:
+        if self._detect is None:
+            self._detect = load_detector(self.model, self.label)
+        return self._detect(text)
+
+
 def profanity_score(text: str) -> float:
     """The chance that the worst sentence is offensive English, by alt-profanity-check, whose model comes in its package."""
     with optional("clean"):

@@ -1,9 +1,9 @@
-"""What every cleaning step should find in the world's documents."""
+"""What is wrong with the world's documents, as far as it is known: planted defects, and what the world repeats by itself."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,21 @@ import numpy as np
 from minillm.base.files import text_key
 from minillm.corpus import Document, shingles
 
-# What the own corpus holds for a kind of step to find: planted, or found by `with_repetitions`.
-EXPECTED: dict[str, Callable[[Document, Any], bool]] = {
-    "ExtractText": lambda d, step: d.meta.get("defect") == "html",
-    "RepairEncoding": lambda d, step: d.meta.get("defect") == "encoding",
-    "Language": lambda d, step: d.meta.get("defect") == "traditional" and "traditional" not in step.variants,
-    "MachineText": lambda d, step: d.meta.get("defect") == "machine",
-    "RedactPII": lambda d, step: d.meta.get("defect") == "pii",
-    "Toxicity": lambda d, step: d.meta.get("defect") == "toxic" and bool(d.meta.get("toxic")),
-    "ExactDuplicates": lambda d, step: d.meta.get("defect") == "duplicate" or "same_as" in d.meta,
-    # planted, or another telling of one life that is so similar
-    "NearDuplicates": lambda d, step: d.meta.get("jaccard", 0.0) >= step.threshold,
-    "Decontaminate": lambda d, step: d.meta.get("defect") == "leak",
-}
+
+def has_defect(document: Document, kind: str) -> bool:
+    """Whether a defect of this kind was planted; a look-alike that is no insult is no "toxic" one."""
+    meta = document.meta
+    return meta.get("defect") == kind and (kind != "toxic" or bool(meta.get("toxic")))
+
+
+def is_repeated(document: Document) -> bool:
+    """Whether an earlier document has the same text: planted, or found by `with_repetitions`."""
+    return document.meta.get("defect") == "duplicate" or "same_as" in document.meta
+
+
+def similarity(document: Document) -> float:
+    """The Jaccard similarity to an earlier document: planted, or that of another telling of one life; 0 if none is known."""
+    return document.meta.get("jaccard", 0.0)
 
 
 def truth_of(document: Document) -> str:

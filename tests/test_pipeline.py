@@ -15,13 +15,15 @@ import pytest
 from clean_steps import QUICK, AtLeast, Fails, Mark, Same, Squeeze
 
 from minillm.base.errors import CleanError, CorpusError, RunLocked
-from minillm.cli import main
+from minillm.cli.main import main
 from minillm.corpus import Document, jaccard
 from minillm.extract import Drop
-from minillm.pipeline.phases import describe, plan
+from minillm.pipeline.phases import FailurePolicy, describe, plan
 from minillm.pipeline.run import clean
+from minillm.pipeline.steps import ORDER, CleanSteps, HeuristicsChoice, default_steps
 from minillm.pipeline.work import clean_documents
 from minillm.readers.documents import read_documents, write_documents
+from minillm.show.cleaning import truth_table
 from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
@@ -63,9 +65,9 @@ def dropped_lines(folder):
 def test_a_plan_cuts_at_the_steps_that_see_the_whole_collection():
     a, b, c, x, y = AtLeast(), Squeeze(), AtLeast(5, "c"), Same(), Mark()
     phases = plan([a, b, x, y, c])
-    assert [(p.enter, p.steps, p.leave) for p in phases] == [(None, (a, b), x), (x, (), y), (y, (c,), None)]
+    assert [(p.before, p.steps, p.after) for p in phases] == [(None, (a, b), x), (x, (), y), (y, (c,), None)]
     assert [p.acting for p in phases] == [(a, b), (x,), (y, c)]
-    assert [(p.enter, p.steps, p.leave) for p in plan([])] == [(None, (), None)]
+    assert [(p.before, p.steps, p.after) for p in plan([])] == [(None, (), None)]
 
 
 def test_what_is_no_step_is_refused():
@@ -297,7 +299,7 @@ def test_a_sketch_that_fails_costs_one_document(tmp_path):
 
 def test_arguments_are_checked(raw, tmp_path):
     for options, message in (
-        ({"workers": 0}, "workers=0"),
+        ({"workers": -1}, "workers must not be negative, got -1"),
         ({"on_error": "panic"}, "on_error='panic' must be 'skip' or 'raise'"),
         ({"chunk_documents": 0}, "chunk_documents=0"),
         ({"seconds_per_document": -1.0}, "seconds_per_document=-1.0"),
@@ -343,12 +345,10 @@ def through_datatrove(shards, out, steps=QUICK, **options):
 
 @pytest.mark.parametrize(("tasks", "workers"), [(8, 2), (3, 1)])
 def test_many_tasks_of_datatrove_give_what_one_process_gives(shards, tmp_path, tasks, workers):
-    from minillm.pipeline.phases import Rules
-
     report = clean(shards, QUICK, tmp_path / "one", keep_dropped=True)
     assert report["balance"]["unreadable"] >= 2
     jobs = through_datatrove(
-        shards, tmp_path / "many", tasks=tasks, workers=workers, rules=Rules(keep_dropped=True)
+        shards, tmp_path / "many", tasks=tasks, workers=workers, policy=FailurePolicy(keep_dropped=True)
     )
     assert len(jobs) == 7
     one, many = (list(read_documents(tmp_path / name / "documents")) for name in ("one", "many"))
@@ -501,8 +501,6 @@ def test_the_corpus_tells_the_truth_about_its_own_repetitions(demonstration):
 
 
 def test_every_step_beside_the_planted_truth(demonstration):
-    from minillm.show.cleaning import truth_table
-
     folder, done = demonstration
     report = json.loads((folder / "clean" / "report.json").read_text(encoding="utf-8"))
     table = {row["step"]: row for row in truth_table(report)}
@@ -790,7 +788,7 @@ def test_bad_commands_are_one_line_and_status_2(words, message, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     write_documents([Document("a text")], "a.jsonl")
     Path("a.zip").write_bytes(b"PK")
-    assert main.main([*words, "--quiet"]) == 2
+    assert main([*words, "--quiet"]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "Traceback" not in error
@@ -800,7 +798,7 @@ def test_bad_commands_are_one_line_and_status_2(words, message, tmp_path, monkey
 @pytest.mark.parametrize("command", ["clean", "corpus"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main.main([command, "--help"])
+        main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     wanted = {
@@ -820,8 +818,6 @@ def test_help_teaches(command, capsys):
 
 
 def test_a_step_that_asks_a_model_sees_no_copies():
-    from minillm.pipeline.steps import ORDER
-
     before, after = (
         {"extract", "repair", "exact", "near", "sentences", "decontaminate"},
         {"machine", "toxicity"},
@@ -831,13 +827,11 @@ def test_a_step_that_asks_a_model_sees_no_copies():
 
 
 def test_every_step_can_be_left_out_and_every_limit_set():
-    from minillm.pipeline.steps import ORDER, CleanConfig, HeuristicsOptions, default_steps
-
-    everything = [step.name for step in default_steps(CleanConfig())]
+    everything = [step.name for step in default_steps(CleanSteps())]
     assert everything == [name for name in ORDER if name != "decontaminate"]  # which needs a benchmark
     for name in everything:
-        assert name not in [step.name for step in default_steps(CleanConfig(skip=(name,)))]
-    config = CleanConfig(heuristics=HeuristicsOptions(limits=("hashes=0.5..", "sentences=..7")))
+        assert name not in [step.name for step in default_steps(CleanSteps(skip=(name,)))]
+    config = CleanSteps(heuristics=HeuristicsChoice(limits=("hashes=0.5..", "sentences=..7")))
     rules = {
         rule.measure: rule for rule in next(s for s in default_steps(config) if s.name == "heuristics").rules
     }
