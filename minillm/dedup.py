@@ -52,7 +52,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -483,7 +483,7 @@ class NearDuplicates:
     threshold: float = 0.8
     n_hashes: int = 256
     shingle: int = 5
-    unit: Literal["char", "word"] = "char"
+    unit: str = "char"
     recall: float = 0.99
     seed: int = 0
     name: str = "near_duplicates"

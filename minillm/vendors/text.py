@@ -121,7 +121,7 @@ class LoadedDetector:
 
     def __call__(self, text: str) -> float:
         if self._detect is None:
-            self._detect = load_detector(self.model, self.label)
+            self._detect = load_huggingface_detector(self.model, self.label)
         return self._detect(text)
 
 
