@@ -101,7 +101,9 @@ class StepBlock(PipelineStep):
 
     type = "🧹 - CLEAN"
 
-    def __init__(self, steps: Sequence[Any], policy: FailurePolicy | None = None, dropped: Any = None) -> None:
+    def __init__(
+        self, steps: Sequence[Any], policy: FailurePolicy | None = None, dropped: Any = None
+    ) -> None:
         self.steps, self.policy, self.dropped = tuple(steps), policy or FailurePolicy(), dropped
         self.name = ", ".join(step.name for step in self.steps)
         if wrong := [step.name for step in self.steps if is_corpus_step(step)]:
@@ -295,7 +297,9 @@ def cluster_jobs(
     for number, phase in enumerate(phases):
         shelf = f"{work}/{number}"
         if phase.before is None:
-            pipeline: list[Any] = [ReadBlock(sources, **{"on_error": policy.on_error, **(read_options or {})})]
+            pipeline: list[Any] = [
+                ReadBlock(sources, **{"on_error": policy.on_error, **(read_options or {})})
+            ]
         else:
             before = f"{work}/{number - 1}"
             add(
