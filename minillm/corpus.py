@@ -32,7 +32,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-# %% ../chapters/01_corpus.ipynb #bc128795
 _T = TypeVar("_T")
 
 
@@ -190,9 +189,9 @@ def sentences_of(text: str) -> list[str]:
 
 # %% ../chapters/01_corpus.ipynb #29fc81cc
 def guess_lang(text: str) -> str:
-    """ "zh" for text in Chinese characters, "en" for text in the letters A to Z, "mixed" for both, "und" for neither.
+    """The language of a text by its script: "zh" for text in Chinese characters, "en" for text in the letters A to Z, "mixed" for both, "und" for neither.
 
-    Judged by script alone, over the first 4,000 characters: French counts as "und" only where its accents are many.
+    Judged over the first 4,000 characters: French counts as "und" only where its accents are many.
     """
     sample = text[:4000]
     han = len(re.findall(f"[{HAN}]", sample))

@@ -12,7 +12,7 @@ _LINE, _MARGIN = 19, 9  # height of a line and space above the first, in pixels
 
 
 @dataclass(frozen=True)
-class Box:
+class DrawnBox:
     """Where a box stands: its middle and its size, in pixels."""
 
     x: float
@@ -40,9 +40,9 @@ class Diagram:
 
     def box(
         self, x: float, y: float, title: str, *lines: str, width: float = 170, color: str = "blue"
-    ) -> Box:
+    ) -> DrawnBox:
         """A box around (x, y) with a title, bold where there are more lines below it."""
-        box = Box(x, y, width, _LINE * (1 + len(lines)) + 2 * _MARGIN)
+        box = DrawnBox(x, y, width, _LINE * (1 + len(lines)) + 2 * _MARGIN)
         corner = f'x="{x - width / 2:g}" y="{y - box.height / 2:g}" width="{width:g}" height="{box.height:g}"'
         look = f'rx="6" fill="{COLORS[color]}" fill-opacity="0.09" stroke="{COLORS[color]}"'
         self.parts.append(f"<rect {corner} {look}/>")
@@ -53,7 +53,7 @@ class Diagram:
             )
         return box
 
-    def arrow(self, start: Box, end: Box, label: str = "", *, color: str = "grey") -> None:
+    def arrow(self, start: DrawnBox, end: DrawnBox, label: str = "", *, color: str = "grey") -> None:
         """An arrow between the sides of two boxes that face each other, with a label at its middle."""
         (x1, x2), (y1, y2) = (start.x, end.x), (start.y, end.y)
         if abs(x2 - x1) >= (start.width + end.width) / 2:
