@@ -34,6 +34,7 @@ import numpy as np
 
 from .corpus import HAN, HAN_PER_WORD, Document, units
 from .extract import ONLY_SIMPLIFIED, ONLY_TRADITIONAL, Drop
+from .world.tables import read_toml
 
 
 # %% ../chapters/03_filter.ipynb #1df90842
@@ -216,34 +217,7 @@ class Heuristics:
 
 # %% ../chapters/03_filter.ipynb #2a098b91
 # A few sentences a language, written for this book: enough for letters and endings to give a language away.
-LANGUAGE_SAMPLES = {
-    "en": "The children went to the garden with their mother because the weather was good and there was nothing else to do. They "
-    "found some stones, which they put into a basket, and then they walked home. What do you think about this? It would be better "
-    "if we could have a little more time, but the train leaves at seven and nobody wants to wait until the next morning. User: "
-    "question and answer, how many were there, who has the red one now, where is it?",
-    "de": "Die Kinder gingen mit ihrer Mutter in den Garten, weil das Wetter schön war und es sonst nichts zu tun gab. Sie fanden "
-    "einige Steine, legten sie in einen Korb und liefen dann nach Hause. Was hältst du davon? Es wäre besser, wenn wir etwas mehr "
-    "Zeit hätten, aber der Zug fährt um sieben ab, und niemand will bis zum nächsten Morgen warten. Ich habe auch noch nicht "
-    "gegessen, und wir müssen vorher einkaufen.",
-    "fr": "Les enfants sont allés au jardin avec leur mère parce qu'il faisait beau et qu'il n'y avait rien d'autre à faire. Ils ont "
-    "trouvé quelques pierres, les ont mises dans un panier, puis ils sont rentrés à la maison. Qu'est-ce que tu en penses ? Ce serait "
-    "mieux si nous avions un peu plus de temps, mais le train part à sept heures et personne ne veut attendre jusqu'au lendemain. "
-    "Je n'ai pas encore mangé, et nous devons faire les courses avant.",
-    "es": "Los niños fueron al jardín con su madre porque hacía buen tiempo y no había nada más que hacer. Encontraron algunas "
-    "piedras, las pusieron en una cesta y luego volvieron a casa. ¿Qué piensas de esto? Sería mejor si tuviéramos un poco más de "
-    "tiempo, pero el tren sale a las siete y nadie quiere esperar hasta la mañana siguiente. Todavía no he comido, y tenemos que "
-    "hacer la compra antes.",
-    "it": "I bambini andarono in giardino con la madre perché faceva bel tempo e non c'era nient'altro da fare. Trovarono alcune "
-    "pietre, le misero in un cesto e poi tornarono a casa. Che cosa ne pensi? Sarebbe meglio se avessimo un po' più di tempo, ma il "
-    "treno parte alle sette e nessuno vuole aspettare fino al mattino dopo. Non ho ancora mangiato, e prima dobbiamo fare la spesa.",
-    "pt": "As crianças foram ao jardim com a mãe porque o tempo estava bom e não havia mais nada para fazer. Encontraram algumas "
-    "pedras, puseram-nas num cesto e depois voltaram para casa. O que você acha disso? Seria melhor se tivéssemos um pouco mais de "
-    "tempo, mas o trem sai às sete e ninguém quer esperar até a manhã seguinte. Eu ainda não comi, e precisamos fazer compras antes.",
-    "nl": "De kinderen gingen met hun moeder naar de tuin omdat het mooi weer was en er niets anders te doen viel. Ze vonden een paar "
-    "stenen, legden die in een mand en liepen daarna naar huis. Wat vind je daarvan? Het zou beter zijn als we wat meer tijd hadden, "
-    "maar de trein vertrekt om zeven uur en niemand wil tot de volgende ochtend wachten. Ik heb nog niet gegeten, en we moeten eerst "
-    "boodschappen doen.",
-}
+LANGUAGE_SAMPLES: dict[str, str] = read_toml("languages.toml")
 SCRIPTS = {
     "ja": "\u3040-\u30ff",
     "ko": "\uac00-\ud7af\u1100-\u11ff",
