@@ -294,3 +294,20 @@ def baichuan_reference(weights, settings, tokens, norm_head=False):
     if norm_head:
         head = torch.stack([row / (row @ row) ** 0.5 for row in head])
     return torch.stack([head @ rms_norm(x, "model.norm") for x in stream])
+
+
+def plain_attention(q, k, v, *, scale=None, tile=False, dim=-1, offset=True, detach=False):
+    group, T, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    k, v = (x.repeat(1, group, 1, 1) if tile else x.repeat_interleave(group, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / (q.shape[-1] ** 0.5 if scale is None else scale)
+    future = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1 if offset else 1)
+    out = scores.masked_fill(future, float("-inf")).softmax(dim).nan_to_num() @ v
+    return out.detach() if detach else out
+
+
+def random_qkv(B=2, H=4, K=2, T=5, S=5, Dh=6, **kwargs):
+    return (
+        torch.randn(B, H, T, Dh, **kwargs),
+        torch.randn(B, K, S, Dh, **kwargs),
+        torch.randn(B, K, S, Dh, **kwargs),
+    )

@@ -4,15 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import attention_reference, visible_reference
+from references import attention_reference, plain_attention, random_qkv, visible_reference
 from tolerances import assert_close, assert_low_precision
 from torch.nn import functional as F
 
 from minillm.attention import Attention, KVCache, Mask, attend, score_bias, visible
 from minillm.check import check, laws
 from minillm.flash import attend_by_block
-from minillm.kernels import blocks
-from minillm.kernels.blocks import weights_by_block
 from minillm.position import ALiBi, RoPE, alibi_slopes
 
 
@@ -36,15 +34,6 @@ SOLUTIONS = {
 )
 def test_the_package_obeys_its_laws(exercise, law):
     law(SOLUTIONS[exercise])
-
-
-def plain_attention(q, k, v, *, scale=None, tile=False, dim=-1, offset=True, detach=False):
-    group, T, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
-    k, v = (x.repeat(1, group, 1, 1) if tile else x.repeat_interleave(group, 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) / (q.shape[-1] ** 0.5 if scale is None else scale)
-    future = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1 if offset else 1)
-    out = scores.masked_fill(future, float("-inf")).softmax(dim).nan_to_num() @ v
-    return out.detach() if detach else out
 
 
 @pytest.mark.parametrize(
@@ -76,14 +65,6 @@ def plain_attention(q, k, v, *, scale=None, tile=False, dim=-1, offset=True, det
 def test_check_names_the_broken_law(exercise, wrong, law):
     report = check(f"attention.{exercise}", wrong, quiet=True)
     assert [rule.name for rule, reason in report.reasons.items() if reason is not None][:1] == [law]
-
-
-def random_qkv(B=2, H=4, K=2, T=5, S=5, Dh=6, **kwargs):
-    return (
-        torch.randn(B, H, T, Dh, **kwargs),
-        torch.randn(B, K, S, Dh, **kwargs),
-        torch.randn(B, K, S, Dh, **kwargs),
-    )
 
 
 MASKS = {
@@ -168,101 +149,6 @@ def test_low_precision(dtype, T, n_kv_heads):
     ours = attend(*low, Mask())
     assert ours.dtype == dtype
     assert_low_precision(ours, plain_attention(*low), plain_attention(*exact))
-
-
-@pytest.mark.parametrize("n_kv_heads", [1, 4])
-@pytest.mark.parametrize("bias", ["none", "mask of each row", "penalty of each head"])
-@pytest.mark.parametrize(("T", "S"), [(150, 150), (130, 150)])
-def test_training_by_blocks_equals_the_library(n_kv_heads, bias, T, S):
-    q, k, v = (x.requires_grad_() for x in random_qkv(H=4, K=n_kv_heads, T=T, S=S, dtype=torch.float64))
-    documents = (torch.arange(S) // torch.tensor([[40], [90]])).expand(2, S)
-    mask = Mask(documents=documents) if bias == "mask of each row" else Mask()
-    slopes = alibi_slopes(4) if bias == "penalty of each head" else None
-    dense = score_bias(mask.dense(T, S), torch.float64, slopes)
-    out = attend_by_block(q, k, v, mask, slopes=slopes)
-    assert "blocks_forward" in type(out.grad_fn).__name__
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True)
-    assert_close(out, expected)
-    upstream = torch.randn_like(out)
-    for ours, theirs in zip(*(torch.autograd.grad(o, (q, k, v), upstream) for o in (out, expected))):
-        assert_close(ours, theirs)
-
-
-def test_training_by_blocks_keeps_no_weights_and_touches_no_later_key():
-    q, k, v = (x.requires_grad_() for x in random_qkv(H=4, K=2, T=150, S=150, Dh=8))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        attend_by_block(q, k, v, Mask())
-    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (q, k, v)}
-    places = [(at, keys.shape[1]) for at, _, keys, _, _ in weights_by_block(q, k, v, None, True)]
-    assert [(at[2].start, seen) for at, seen in places] == [(0, 64), (64, 128), (128, 150)]
-    # Both rows, and all heads, fit together.
-    assert {(at[0].start, at[1].start) for at, _ in places} == {(0, 0)}
-
-
-@pytest.mark.parametrize(("B", "S", "together"), [(20, 150, (6, 2)), (3, 2100, (1, 1))])
-def test_blocks_of_rows_and_heads_fit_into_the_cache(B, S, together):
-    q, k, v = random_qkv(B=B, H=8, K=2, T=S, S=S, Dh=8)
-    n_rows, n_heads = together
-    starts = {(at[0].start, at[1].start) for at, *_ in weights_by_block(q, k, v, None, True)}
-    assert starts == {(row, head) for row in range(0, B, n_rows) for head in range(0, 2, n_heads)}
-    for *_, weights in weights_by_block(q, k, v, None, True):
-        assert weights.nbytes <= max(2**21, 4 * 64 * S * 4)  # one kv head at least
-    assert_close(attend_by_block(q, k, v, Mask()), plain_attention(q, k, v))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("H", "T", "S"), [(4, 128, 128), (64, 128, 128), (4, 130, 300)])
-def test_reading_by_blocks_equals_the_library(dtype, H, T, S):
-    """Without gradients too, also where the queries are the last of the keys, and where many heads share a kv head."""
-    q, k, v = random_qkv(H=H, K=2, T=T, S=S, dtype=torch.float64)
-    low = [x.to(dtype) for x in (q, k, v)]
-    bias = score_bias(visible(T, S), torch.float64, None)
-    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
-    library = F.scaled_dot_product_attention(*low, attn_mask=bias.to(dtype), enable_gqa=True)
-    with torch.inference_mode():
-        out = attend_by_block(*low, Mask())
-    assert_low_precision(out, library, exact)
-    assert out.transpose(1, 2).is_contiguous()  # joining the heads copies nothing
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_gradients_by_blocks(dtype):
-    exact = random_qkv(H=4, K=2, T=140, S=140, Dh=16, dtype=torch.float64)
-    upstream = torch.randn(2, 4, 140, 16, dtype=torch.float64)
-
-    def gradients(function, qkv):
-        qkv = [x.detach().clone().requires_grad_() for x in qkv]
-        out = function(*qkv)
-        return [out, *torch.autograd.grad(out, qkv, upstream.to(out.dtype))]
-
-    low = [x.to(dtype) for x in exact]
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    ours = gradients(lambda q, k, v: attend_by_block(q, k, v, Mask()), low)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
-    for a, b, c in zip(ours, gradients(plain_attention, low), gradients(plain_attention, exact)):
-        assert a.dtype == dtype
-        assert_low_precision(a, b, c)
-
-
-def test_blocks_multiply_in_float32_where_16_bits_are_emulated(monkeypatch):
-    q, k, v = (x.bfloat16() for x in random_qkv(H=4, K=2, T=140, S=140, Dh=16))
-    seen = []
-    monkeypatch.setattr(blocks, "fast_bfloat16", lambda device: seen.append(device) or False)
-    slow = attend_by_block(q, k, v, Mask())
-    assert seen
-    assert blocks.product_dtype(q) == torch.float32
-    monkeypatch.setattr(blocks, "fast_bfloat16", lambda device: True)
-    assert blocks.product_dtype(q) == torch.bfloat16
-    assert blocks.product_dtype(q.half()) == torch.float32
-    torch.testing.assert_close(attend_by_block(q, k, v, Mask()), slow, atol=0.02, rtol=0.02)
-
-
-def test_the_blocks_pass_torchs_own_checks_of_an_operator():
-    q, k, v = (x.requires_grad_() for x in random_qkv(B=1, H=2, K=1, T=5, S=7, Dh=4, dtype=torch.float64))
-    for bias in (None, torch.randn(1, 2, 5, 7, dtype=torch.float64)):
-        torch.library.opcheck(blocks.blocks_forward, (q, k, v, bias, True))
-        assert torch.autograd.gradcheck(blocks.blocks_forward, (q, k, v, bias, True))
 
 
 def test_alibi_penalties_are_rounded_once():

@@ -1,6 +1,4 @@
 import itertools
-import json
-import subprocess
 import sys
 import types
 
@@ -16,7 +14,6 @@ from minillm import flash
 from minillm.attention import Attention, Mask, attend
 from minillm.base import machine
 from minillm.check import check, laws
-from minillm.kernels.operators import document_edges, triton_kernels
 from minillm.position import alibi_slopes
 
 # ---- the exercises
@@ -349,16 +346,6 @@ def test_peak_bytes_counts_what_is_held_at_once():
     assert abs(machine.peak_bytes(run) - (2 << 20)) < 4096
 
 
-@given(data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_document_edges_equal_a_search(data):
-    ids = data.draw(st.lists(st.lists(st.integers(-2, 3), min_size=9, max_size=9), min_size=1, max_size=3))
-    first, last = document_edges(torch.tensor(ids))
-    assert first.dtype == last.dtype == torch.int32
-    assert first.tolist() == [[row.index(d) for d in row] for row in ids]
-    assert last.tolist() == [[8 - row[::-1].index(d) for d in row] for row in ids]
-
-
 # ---- the traffic
 
 
@@ -591,106 +578,6 @@ def test_a_tiled_gradient_is_not_differentiated_again():
     grads = torch.autograd.grad(out, q, upstream, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grads[0].sum().backward()
-
-
-# ---- Triton, without a GPU
-
-WITHOUT_TRITON = """
-import sys
-sys.modules["triton"] = None  # not installed
-import torch
-from minillm import flash, transformer
-from minillm.attention import Mask
-from minillm.base.errors import MiniLLMError
-assert flash.attend_fast(*(torch.randn(1, 2, 5, 8) for _ in range(3)), Mask()).shape == (1, 2, 5, 8)
-try:
-    flash.attend_triton(*(torch.randn(1, 2, 5, 8) for _ in range(3)), Mask())
-except MiniLLMError as error:
-    print(error)
-"""
-NOT_IMPORTED = (
-    "import sys, minillm.transformer; print('triton' in sys.modules, 'torch._dynamo' in sys.modules)"
-)
-COMPILED = """
-import json, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from minillm.kernels import triton_flash as flash
-
-class Card:  # a GPU that only says what it is
-    def get_current_device(self): return capability
-    def get_current_stream(self, device): return 0
-    def get_current_target(self): return GPUTarget("cuda", capability, 32)
-
-class Built:  # a kernel that is compiled for the arguments of its call, by Triton's own reading of them, and not run
-    def __init__(self, name):
-        self.kernel, self.name = getattr(flash, name), name
-    def __getitem__(self, grid):
-        return self
-    def __call__(self, *arguments, **given):
-        kernel = self.kernel
-        if self.name in flash.TILES:
-            m, n, warps, stages = flash.TILES[self.name][-1]
-            given |= {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-            kernel = kernel.fn  # inside the tuner
-        code = kernel.warmup(*arguments, grid=(1,), **given).asm["ptx"]
-        if self.name in flash.TILES:
-            print(json.dumps([self.name, capability, code.count(instruction)]))
-
-for name in (*flash.TILES, "delta_kernel"):
-    setattr(flash, name, Built(name))
-shapes = {"q": (2, 4, 256, 64), "k": (2, 2, 256, 64), "v": (2, 2, 256, 64), "out": (2, 4, 256, 64), "lse": (2, 4, 256)}
-shapes |= {"grad": shapes["q"], "delta": shapes["lse"], "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
-dtypes = dict.fromkeys(("lse", "delta"), torch.float32)
-tensors = flash.Tensors(**{name: torch.empty(shape, dtype=dtypes.get(name, torch.bfloat16)) for name, shape in shapes.items()})
-ids, real = torch.zeros(2, 256, dtype=torch.int32), torch.ones(2, 256, dtype=torch.int8)
-masks = flash.Masks(ids[:, 0].contiguous(), ids, ids, ids, real, torch.ones(4))
-for capability, instruction in ((80, "mma.sync"), (90, "wgmma.mma_async")):
-    driver.set_active(Card())
-    flash.forward(tensors, masks, True)
-    flash.backward(tensors, masks, True)
-"""
-
-
-def run_python(code, **environment):
-    import os
-
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
-
-
-def test_the_package_works_without_triton():
-    assert "Triton is not installed" in run_python(WITHOUT_TRITON)
-
-
-def test_nothing_heavy_is_imported_with_the_models():
-    assert run_python(NOT_IMPORTED) == "False False"
-
-
-def test_the_interpreter_must_be_switched_on_first():
-    pytest.importorskip("triton")
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        triton_kernels(interpreted=True)
-
-
-def test_the_kernels_compile_for_ampere_and_hopper():
-    pytest.importorskip("triton")
-    from minillm.kernels.triton_flash import TILES
-
-    rows = [json.loads(line) for line in run_python(COMPILED).splitlines()]
-    assert [(name, capability) for name, capability, _ in rows] == [
-        (name, capability) for capability in (80, 90) for name in TILES
-    ]
-    assert all(count > 0 for *_, count in rows), rows  # the matrix units of that generation are used
-
-
-def test_the_kernels_are_an_operator_that_compiles_into_a_graph(interpreter):
-    pytest.importorskip("triton")
-    assert interpreter.submit(interpreted.compiled_job).result(timeout=300) < 1e-6
-    outcome = interpreter.submit(interpreted.library_check).result(timeout=300)
-    assert set(outcome.values()) == {"SUCCESS"}, outcome
 
 
 # ---- bad calls, the command, the benchmark
