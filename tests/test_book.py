@@ -57,6 +57,15 @@ def test_chapters_link_to_chapters_that_are_planned(chapter):
     assert set(re.findall(r"\]\((?:[^)\s]*/)?(\w+)\.ipynb", prose(chapter))) <= names
 
 
+@pytest.mark.parametrize(
+    "path", [*(c.path for c in WRITTEN), *ROOT.glob("*.md"), *BOOK.glob("*.md")], ids=lambda p: p.stem
+)
+def test_a_link_that_names_a_number_leads_to_that_chapter(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\[(?:[Cc]hapter )?(\d\d)(?: \w+)?\]\([^)\s]*?(\d\d)_\w+\.ipynb", text)
+    assert [link for link in links if link[0] != link[1]] == []
+
+
 def test_the_map_links_what_is_written_and_only_that():
     text = site.map_markdown(CONTENTS)
     assert set(re.findall(r"\(chapters/(\w+)\.ipynb\)", text)) == {chapter.name for chapter in WRITTEN}
