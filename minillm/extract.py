@@ -14,6 +14,8 @@ __all__ = [
     "MISREADINGS",
     "Drop",
     "Step",
+    "Judged",
+    "judge",
     "token_f1",
     "plausible",
     "decode_page",
@@ -21,6 +23,8 @@ __all__ = [
     "TextBlock",
     "Box",
     "PageParser",
+    "parse_page",
+    "boilerplate",
     "densest",
     "extract_density",
     "is_html",
@@ -29,8 +33,6 @@ __all__ = [
     "reread",
     "repair_line",
     "RepairEncoding",
-    "Judged",
-    "judge",
 ]
 
 # %% ../chapters/02_extract.ipynb #f4e2d5a1
@@ -73,6 +75,51 @@ class Step(Protocol):
     def name(self) -> str: ...
 
     def __call__(self, document: Document) -> Document | Drop: ...
+
+
+# %% ../chapters/02_extract.ipynb #7963a42d
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """How a step did against the truth: counts of right and wrong decisions, and its speed. Chapter 02."""
+
+    step: str
+    hits: int
+    false_alarms: int
+    misses: int
+    documents_per_s: float
+
+    @property
+    def precision(self) -> float:
+        """Share of what it touched that it should have touched; 1 if it touched nothing."""
+        return self.hits / (self.hits + self.false_alarms) if self.hits + self.false_alarms else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Share of what it should have touched that it did."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+
+
+# %% ../chapters/02_extract.ipynb #172d55b2
+def judge(step: Step, documents: Sequence[Document], wanted: Callable[[Document], bool]) -> Judged:
+    """Run a step over documents whose truth is known. Dropping a document and changing its text both count as touching it.
+
+    Args:
+        wanted: whether a document has what this step is there to find.
+    """
+    start = time.perf_counter()
+    results = [step(document) for document in documents]
+    seconds = time.perf_counter() - start
+    touched = [
+        isinstance(out, Drop) or out.text != document.text for out, document in zip(results, documents)
+    ]
+    should = [wanted(document) for document in documents]
+    return Judged(
+        step=step.name,
+        hits=sum(a and b for a, b in zip(touched, should)),
+        false_alarms=sum(a and not b for a, b in zip(touched, should)),
+        misses=sum(b and not a for a, b in zip(touched, should)),
+        documents_per_s=len(documents) / max(seconds, 1e-9),
+    )
 
 
 # %% ../chapters/02_extract.ipynb #363a6a3d
@@ -133,19 +180,12 @@ def plausible(text: str, sample: int = 20_000) -> float:
 
 
 # %% ../chapters/02_extract.ipynb #94922237
-CODECS = {
-    "gb2312": "gb18030",
-    "gbk": "gb18030",
-    "x-gbk": "gb18030",
-    "big5": "big5hkscs",
-    "big5-hkscs": "big5hkscs",
-    "iso-8859-1": "cp1252",
-    "latin1": "cp1252",
-    "us-ascii": "cp1252",
-    "ascii": "cp1252",
-    "shift_jis": "cp932",
-    "euc-kr": "cp949",
-}  # what browsers read under these names: https://encoding.spec.whatwg.org/#names-and-labels
+CODECS = {  # what browsers read under these names: https://encoding.spec.whatwg.org/#names-and-labels
+    **dict.fromkeys(("gb2312", "gbk", "x-gbk"), "gb18030"),
+    **dict.fromkeys(("big5", "big5-hkscs"), "big5hkscs"),
+    **dict.fromkeys(("iso-8859-1", "latin1", "us-ascii", "ascii"), "cp1252"),
+    **{"shift_jis": "cp932", "euc-kr": "cp949"},
+}
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _META = re.compile(rb"<meta[^>]{0,200}?charset\s{0,9}=\s{0,9}[\"']?([A-Za-z0-9_\-]{2,40})", re.I)
 
@@ -260,12 +300,12 @@ class Box:
     last: int = -1
 
 
-# %% ../chapters/02_extract.ipynb #5f5478e9
+# %% ../chapters/02_extract.ipynb #b930d7af
 _INLINE = set(
     units(
-        "a abbr acronym b bdi bdo big cite code data del dfn em font i img input ins kbd label link mark meta q s samp small span "
-        "strike strong sub sup time tt u var wbr path"
+        "a abbr acronym b bdi bdo big cite code data del dfn em font i img input ins kbd label link mark meta q s samp small"
     )
+    + units("span strike strong sub sup time tt u var wbr path")
 )
 _LINES = set(units("p li h1 h2 h3 h4 h5 h6 td th tr dt dd pre caption figcaption option legend hr summary"))
 _SKIP = set(
@@ -281,6 +321,7 @@ _HINT = re.compile(
 )
 
 
+# %% ../chapters/02_extract.ipynb #5f5478e9
 class PageParser:
     """Builds the blocks and boxes of a page from its markup, with a list for a stack: any depth of nesting. Chapter 02.
 
@@ -341,29 +382,34 @@ class PageParser:
                     self.in_link = False
                     break
 
-    def parse(self, page: str) -> "PageParser":
-        """Read a whole page."""
-        for what, value, attributes in read_markup(page):
-            if what == "text":
-                self.text(value.replace("\r", " "))
-            elif what == "open":
-                self.start(value, attributes)
-            else:
-                self.end(value)
-        self.flush()
-        for number in self.stack:
-            self.boxes[number].last = len(self.blocks)
-        return self
 
-    def skipped(self) -> list[bool]:
-        """For each block, whether a box around it is marked. A mere name is not believed of a box with a quarter of the page."""
-        before, skip = [0.0], [False]
-        for block in self.blocks:
-            before.append(before[-1] + block.n_words)
-        for box in self.boxes[1:]:
-            small = before[box.last] - before[box.first] <= before[-1] / 4
-            skip.append(skip[box.parent] or box.mark == 2 or (box.mark == 1 and small))
-        return [skip[block.box] for block in self.blocks]
+# %% ../chapters/02_extract.ipynb #aff6efb5
+def parse_page(page: str, *, hints: bool = True) -> PageParser:
+    """The blocks and boxes of a whole page; with `hints`, boxes are marked by what their tags and names say."""
+    parser = PageParser(hints)
+    for what, value, attributes in read_markup(page):
+        if what == "text":
+            parser.text(value.replace("\r", " "))
+        elif what == "open":
+            parser.start(value, attributes)
+        else:
+            parser.end(value)
+    parser.flush()
+    for number in parser.stack:
+        parser.boxes[number].last = len(parser.blocks)
+    return parser
+
+
+# %% ../chapters/02_extract.ipynb #4edd350f
+def boilerplate(blocks: Sequence[TextBlock], boxes: Sequence[Box]) -> list[bool]:
+    """For each block, whether a box around it is marked. A mere name is not believed of a box with a quarter of the page."""
+    before, skip = [0.0], [False]
+    for block in blocks:
+        before.append(before[-1] + block.n_words)
+    for box in boxes[1:]:
+        small = before[box.last] - before[box.first] <= before[-1] / 4
+        skip.append(skip[box.parent] or box.mark == 2 or (box.mark == 1 and small))
+    return [skip[block.box] for block in blocks]
 
 
 # %% ../chapters/02_extract.ipynb #c4ce4f74
@@ -400,8 +446,9 @@ def extract_density(page: str, *, hints: bool = True, block_cost: float = BLOCK_
     Source: Pasternack and Roth 2009, "Extracting article text from the web with maximum subsequence segmentation";
         link density from Kohlschütter et al. 2010, "Boilerplate detection using shallow text features".
     """
-    parsed = PageParser(hints).parse(page)
-    blocks, boxes, skip = parsed.blocks, parsed.boxes, parsed.skipped()
+    parsed = parse_page(page, hints=hints)
+    blocks, boxes = parsed.blocks, parsed.boxes
+    skip = boilerplate(blocks, boxes)
     gains = [(0 if s else b.n_words - 2 * b.n_linked) - block_cost for b, s in zip(blocks, skip)]
     first, last = densest(gains)
     if first == last:
@@ -547,48 +594,3 @@ class RepairEncoding:
             if text == document.text
             else replace(document, text=text, meta={**document.meta, "repaired": True})
         )
-
-
-# %% ../chapters/02_extract.ipynb #7963a42d
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """How a step did against the truth: counts of right and wrong decisions, and its speed. Chapter 02."""
-
-    step: str
-    hits: int
-    false_alarms: int
-    misses: int
-    documents_per_s: float
-
-    @property
-    def precision(self) -> float:
-        """Share of what it touched that it should have touched; 1 if it touched nothing."""
-        return self.hits / (self.hits + self.false_alarms) if self.hits + self.false_alarms else 1.0
-
-    @property
-    def recall(self) -> float:
-        """Share of what it should have touched that it did."""
-        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
-
-
-# %% ../chapters/02_extract.ipynb #172d55b2
-def judge(step: Step, documents: Sequence[Document], wanted: Callable[[Document], bool]) -> Judged:
-    """Run a step over documents whose truth is known. Dropping a document and changing its text both count as touching it.
-
-    Args:
-        wanted: whether a document has what this step is there to find.
-    """
-    start = time.perf_counter()
-    results = [step(document) for document in documents]
-    seconds = time.perf_counter() - start
-    touched = [
-        isinstance(out, Drop) or out.text != document.text for out, document in zip(results, documents)
-    ]
-    should = [wanted(document) for document in documents]
-    return Judged(
-        step=step.name,
-        hits=sum(a and b for a, b in zip(touched, should)),
-        false_alarms=sum(a and not b for a, b in zip(touched, should)),
-        misses=sum(b and not a for a, b in zip(touched, should)),
-        documents_per_s=len(documents) / max(seconds, 1e-9),
-    )

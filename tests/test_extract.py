@@ -1,4 +1,6 @@
+import codecs
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from step_laws import ANY_TEXT, CLEAN, is_a_step, keeps_its_pace, survives, with_defect
 
 from minillm.check import check, laws
-from minillm.corpus import Document
+from minillm.corpus import Document, units
 from minillm.extract import (
     COMMON_HAN,
     GB2312,
@@ -14,14 +16,15 @@ from minillm.extract import (
     ONLY_TRADITIONAL,
     Drop,
     ExtractText,
-    PageParser,
     RepairEncoding,
     WellFormed,
+    boilerplate,
     decode_page,
     densest,
     extract_density,
     is_html,
     judge,
+    parse_page,
     plausible,
     read_markup,
     repair_line,
@@ -30,9 +33,24 @@ from minillm.extract import (
 from minillm.filter import Length
 from minillm.world.pages import write_page
 
+
+def may_be_utf8(data, final=False):
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data, final)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def whole_utf8(data):
+    return may_be_utf8(data, final=True)
+
+
 SOLUTIONS = {
     "extract.densest": densest,
     "extract.repair": repair_line,
+    "extract.token_f1": token_f1,
+    "extract.may_be_utf8": may_be_utf8,
 }
 
 
@@ -61,6 +79,31 @@ def test_the_package_obeys_its_laws(exercise, law):
             "extract.repair",
             lambda line: line.encode("latin-1", "ignore").decode("utf-8", "ignore"),
             "what is right stays",
+        ),
+        ("extract.token_f1", lambda found, truth: float(found == truth), "the chapter's example"),
+        (
+            "extract.token_f1",
+            lambda a, b: 2 * len({*units(a)} & {*units(b)}) / max(1, len({*units(a)}) + len({*units(b)})),
+            "what was there once counts once",
+        ),
+        (
+            "extract.token_f1",
+            lambda a, b: sum(u in units(b) for u in units(a)) / max(len(units(a)), len(units(b)), 1),
+            "the chapter's example",
+        ),
+        (
+            "extract.token_f1",
+            lambda a, b: (
+                2 * (Counter(units(a)) & Counter(units(b))).total() / max(1, len(units(a) + units(b)))
+            ),
+            "nothing found where nothing was is right",
+        ),
+        ("extract.may_be_utf8", lambda data: True, "another code breaks the pattern"),
+        ("extract.may_be_utf8", whole_utf8, "a last character may be cut"),
+        (
+            "extract.may_be_utf8",
+            lambda data: any(whole_utf8(data[: len(data) - cut]) for cut in range(4)),
+            "only what has begun is forgiven",
         ),
     ],
 )
@@ -132,7 +175,7 @@ def test_an_unclosed_comment_or_quote_does_not_swallow_the_page():
 
 
 def test_blocks_count_words_and_links():
-    parsed = PageParser().parse(
+    parsed = parse_page(
         "<ul><li><a href=/>Home page</a> now</ul><p>one<br>two &amp; three<p>他们<em>去</em>了"
     )
     assert [(b.text, b.n_words, b.n_linked) for b in parsed.blocks[:2]] == [
@@ -143,12 +186,17 @@ def test_blocks_count_words_and_links():
     assert parsed.blocks[2].n_words == pytest.approx(4 / 1.5)
 
 
+def skipped(page, **options):
+    parsed = parse_page(page, **options)
+    return boilerplate(parsed.blocks, parsed.boxes)
+
+
 def test_a_hint_marks_a_box_unless_most_of_the_page_is_in_it():
     story = "<p>" + "Anna had six plums and gave two of them to Ben in the garden. " * 2
     banner = "<p>We store cookies on your device to show you what you do not want to see."
     page = f'<div class="cookie-banner">{banner}</div><div class="post has-sidebar">{story * 3}</div>'
-    assert PageParser().parse(page).skipped() == [True, False, False, False]
-    assert PageParser(hints=False).parse(page).skipped() == [False] * 4
+    assert skipped(page) == [True, False, False, False]
+    assert skipped(page, hints=False) == [False] * 4
     assert "cookies" not in extract_density(page)
 
 
@@ -171,7 +219,7 @@ def test_hard_pages_better_than_everything_and_hints_help():
     def mean(extract, some):
         return np.mean([token_f1(extract(text), page.text) for text, page in some])
 
-    everything = mean(lambda page: "\n".join(b.text for b in PageParser(False).parse(page).blocks), texts)
+    everything = mean(lambda page: "\n".join(b.text for b in parse_page(page, hints=False).blocks), texts)
     assert mean(extract_density, texts) > everything + 0.15
     named = [
         (text, page) for text, page in texts if "no names" not in page.traps and "interrupted" in page.traps

@@ -95,3 +95,74 @@ def _(f):
 def _(f):
     garbled = "小明".encode().decode("latin-1")[:-1]
     assert f(garbled) == garbled, f"{garbled!r} became {f(garbled)!r}"
+
+
+@law("extract.token_f1", "the chapter's example", hint="twice what both have, by what each has")
+def _(f):
+    for found, truth, expected in (("a b c menu", "a b c", 6 / 7), ("水桶里", "水桶", 0.8), ("a", "b", 0)):
+        got = f(found, truth)
+        assert abs(got - expected) < 1e-9, f"got {got} for {found!r} and {truth!r}, expected {expected:.3f}"
+
+
+@law(
+    "extract.token_f1",
+    "what was there once counts once",
+    hint="bags, not sets: a Counter, or a list to cross out from",
+)
+def _(f):
+    for found, truth, expected in (("a a", "a", 2 / 3), ("a a b", "a b b", 2 / 3), ("了了了", "了", 0.5)):
+        got = f(found, truth)
+        assert abs(got - expected) < 1e-9, f"got {got} for {found!r} and {truth!r}, expected {expected:.3f}"
+
+
+@law("extract.token_f1", "nothing found where nothing was is right", hint="two empty bags are equal")
+def _(f):
+    assert f("", "") == 1, f"got {f('', '')} for two empty texts"
+    assert f("", "a") == f("a", "") == 0, "nothing found, or nothing there: 0"
+
+
+@law("extract.may_be_utf8", "whole text is", hint="it decodes")
+def _(f):
+    for text in ("", "plain", "déjà vu", "水桶里有三块石头", "👋"):
+        assert f(text.encode()) is True, f"{text!r} in UTF-8 was refused"
+
+
+@law("extract.may_be_utf8", "another code breaks the pattern", hint="UnicodeDecodeError says where, and why")
+def _(f):
+    for text, codec in (
+        ("你好", "gbk"),
+        ("联通", "gbk"),
+        ("déjà vu", "latin-1"),
+        ("水桶里", "big5"),
+    ):
+        data = text.encode(codec)
+        assert f(data) is False, f"{data!r} is no UTF-8"
+
+
+@law(
+    "extract.may_be_utf8",
+    "a last character may be cut",
+    hint="the error's reason is another where the data ends too early",
+)
+def _(f):
+    for text in ("水桶里", "a👋", "naïve é"):
+        data = text.encode()
+        for cut in range(len(data)):
+            assert f(data[:cut]) is True, f"{data[:cut]!r} is the beginning of {text!r}"
+
+
+@law(
+    "extract.may_be_utf8",
+    "only what has begun is forgiven",
+    hint="bytes that no character begins with are not a cut",
+)
+def _(f):
+    for data in (
+        b"plain \xff",
+        b"plain \x80",
+        "水".encode() + b"\xc1",
+        b"\xe6 b",
+        b"a\xc3(",
+        b"\xed\xa0\x80",
+    ):
+        assert f(data) is False, f"{data!r} is the beginning of nothing"
