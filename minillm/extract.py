@@ -184,7 +184,8 @@ CODECS = {  # what browsers read under these names: https://encoding.spec.whatwg
     **dict.fromkeys(("gb2312", "gbk", "x-gbk"), "gb18030"),
     **dict.fromkeys(("big5", "big5-hkscs"), "big5hkscs"),
     **dict.fromkeys(("iso-8859-1", "latin1", "us-ascii", "ascii"), "cp1252"),
-    **{"shift_jis": "cp932", "euc-kr": "cp949"},
+    "shift_jis": "cp932",
+    "euc-kr": "cp949",
 }
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _META = re.compile(rb"<meta[^>]{0,200}?charset\s{0,9}=\s{0,9}[\"']?([A-Za-z0-9_\-]{2,40})", re.I)
