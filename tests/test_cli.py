@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minillm.cli import main
+from minillm.cli.parsing import value_of
 
 SMALL = [
     *(
@@ -212,6 +213,17 @@ def test_bad_input_is_one_line_and_status_2(words, message, tmp_path, monkeypatc
     assert message in error
     assert "Traceback" not in error
     assert len(error.splitlines()) == 1
+
+
+def test_an_option_is_found_before_the_words_are_parsed():
+    for words, value in (
+        ([], "tiny"),
+        (["--quiet", "--recipe", "small"], "small"),
+        (["--recipe=b1"], "b1"),
+        (["--recipe", "small", "--recipe=b1"], "b1"),
+        (["--recipe"], "tiny"),
+    ):
+        assert value_of("--recipe", words, "tiny") == value
 
 
 def test_an_unknown_option_exits_2(tmp_path):

@@ -120,7 +120,7 @@ class TextStore:
         for name in self.names[len(self.parts) :]:
             path = self._path(len(self.parts))
             if not (path / COUNTS).is_file():
-                need_disk(self.folder, self._expected_bytes(name), f"the text of {name}")
+                need_disk(self.folder, self._expected_bytes(name), f"the documents of {name}")
                 with atomic_folder(path) as partial:
                     self._write(partial, self._read(name), progress)
             self.parts.append(_read_counts(path / COUNTS))
@@ -178,7 +178,7 @@ class TextStore:
             for split, document in tqdm(made, disable=not progress, unit="doc", desc="corpus", leave=False):
                 text = document.text
                 if written // ROOM < (written := written + len(text)) // ROOM:
-                    need_disk(self.folder, ROOM, f"{ROOM >> 20} MiB more of text")
+                    need_disk(self.folder, ROOM, f"{ROOM >> 20} MiB of text")
                 files[split].write(json.dumps({"text": text}) + "\n")
                 size = len(text.encode("utf-8", "surrogatepass"))
                 counts[split].update(documents=1, characters=len(text), bytes=size)
