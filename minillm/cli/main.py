@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from minillm import __version__
 from minillm.base.errors import Interrupted, MiniLLMError
-from minillm.cli.models import _convert, _info
-from minillm.cli.runs import _run
-from minillm.cli.talk import _generate
-from minillm.cli.text import _clean, _corpus
-from minillm.cli.tokenizer import _tokenizer
 
 HELP = f"""minillm {__version__}: build a language model piece by piece, then train it.
 
@@ -30,15 +26,15 @@ HELP = f"""minillm {__version__}: build a language model piece by piece, then tr
 
 `minillm COMMAND --help` shows every setting with its default."""
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "speedrun": lambda argv: _run("speedrun", argv),
-    "pretrain": lambda argv: _run("pretrain", argv),
-    "corpus": _corpus,
-    "clean": _clean,
-    "generate": _generate,
-    "tokenizer": _tokenizer,
-    "convert": _convert,
-    "info": _info,
+COMMANDS: dict[str, tuple[str, str]] = {  # the module and function of each: imported when it is called
+    "speedrun": ("runs", "_speedrun"),
+    "pretrain": ("runs", "_pretrain"),
+    "corpus": ("text", "_corpus"),
+    "clean": ("text", "_clean"),
+    "generate": ("talk", "_generate"),
+    "tokenizer": ("tokenizer", "_tokenizer"),
+    "convert": ("models", "_convert"),
+    "info": ("models", "_info"),
 }
 
 
@@ -58,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minillm.base.machine import set_up_logging
 
         set_up_logging()
-        return COMMANDS[argv[0]](argv[1:])
+        module, function = COMMANDS[argv[0]]
+        return getattr(importlib.import_module(f"minillm.cli.{module}"), function)(argv[1:])
     except BrokenPipeError:  # the reader of a pipe, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

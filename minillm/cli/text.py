@@ -12,7 +12,7 @@ import docstring_parser
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from minillm.cli.parsing import _parse, _say
+from minillm.cli.parsing import _parse, _say, parse_parts, value_of
 from minillm.pipeline.phases import is_step
 from minillm.pipeline.run import CleanJob, run_job
 from minillm.pipeline.steps import ORDER, CleanSteps, clean_recipe, default_steps
@@ -44,14 +44,12 @@ def _corpus(argv: Sequence[str]) -> int:
     from minillm.world.task import CorpusConfig
     from minillm.world.truth import with_repetitions
 
-    defects = dataclasses.field(default_factory=lambda: CorpusConfig(defects=0.3))
-    fields = [
-        ("run", Annotated[CorpusArgs, tyro.conf.arg(name="")], dataclasses.field(default_factory=CorpusArgs)),
-        ("config", Annotated[CorpusConfig, tyro.conf.arg(name="")], defects),
-    ]
-    both = dataclasses.make_dataclass("Args", fields)
-    parsed: Any = _parse(both, prog="minillm corpus", description=CorpusArgs.__doc__, args=list(argv))
-    args, config = parsed.run, parsed.config
+    args, config = parse_parts(
+        [CorpusArgs(), CorpusConfig(defects=0.3)],
+        prog="minillm corpus",
+        description=CorpusArgs.__doc__,
+        args=list(argv),
+    )
     if args.documents < 1:
         raise ValueError(f"documents must be at least 1, got {args.documents}")
     last_item = 0
@@ -93,9 +91,7 @@ class CleanArgs:
 
 def _clean(argv: Sequence[str]) -> int:
     words = list(argv)
-    named = [word.partition("=")[2] for word in words if word.startswith("--recipe=")]
-    named += [after for word, after in zip(words, words[1:]) if word == "--recipe"]
-    chosen = CleanArgs(steps=clean_recipe(named[-1] if named else "web"))
+    chosen = CleanArgs(steps=clean_recipe(value_of("--recipe", words, "web")))
     description = (
         f"Lead text through the steps of chapters 02 to 06: {', '.join(ORDER)}. --skip NAME… leaves steps out. A run that was "
         "stopped or killed is taken up by the same command. Then: minillm speedrun --data OUT/documents"
