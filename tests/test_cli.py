@@ -1,7 +1,9 @@
 """The command line as a user meets it: real commands, their output, their exit status."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from minillm.cli import main
 from minillm.cli.parsing import value_of
+from minillm.train import TrainConfig
 
 SMALL = [
     *(
@@ -250,6 +253,9 @@ def test_help_teaches(command, capsys):
     if command in ("speedrun", "pretrain"):
         for option in ("--train.max-lr", "--model.dim", "--data.sources", "--recipe", "default: 0.002"):
             assert option in text
+        for option in dataclasses.fields(TrainConfig):
+            told = text.partition(f"--train.{option.name.replace('_', '-')} ")[2].partition("(default")[0]
+            assert re.sub(r"\{.*?\}|[│A-Z\s]", "", told), f"--train.{option.name} says nothing of itself"
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "m125", "m350", "b1", "b7"])
