@@ -19,7 +19,7 @@ import torch
 
 from minillm.base.files import atomic_write
 from minillm.base.machine import describe_machine
-from minillm.hub.published import save_checkpoint
+from minillm.hub.published import save_published
 from minillm.transformer import ModelConfig, Transformer, count_parameters
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "loading.json"
@@ -47,10 +47,10 @@ tokens = torch.zeros(1, 8, dtype=torch.long)
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
 if who == "minillm":
+    from minillm.hub import ModelFolder
     from minillm.transformer import ModelConfig, Transformer
-    from minillm.zoo import load_checkpoint
     shape = dict(vocab_size=9, dim=8, n_layers=1, n_heads=1, n_kv_heads=1, hidden_dim=8, max_seq_len=8)
-    load, warm = lambda: load_checkpoint(folder, dtype=dtype), Transformer(ModelConfig(**shape))
+    load, warm = lambda: ModelFolder.open(folder).model(dtype=dtype), Transformer(ModelConfig(**shape))
     use = lambda model: model(tokens)
 else:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,7 +94,7 @@ def main() -> int:
             (torch.float32, "stored"),
         ):
             folder = Path(name) / f"{stored}-{dtype}"
-            save_checkpoint(Transformer(SHAPE).to(stored), folder, max_shard_bytes=100 << 20)
+            save_published(Transformer(SHAPE).to(stored), folder, max_shard_bytes=100 << 20)
             samples: dict[str, list] = {"minillm": [], "transformers": []}
             for _ in range(ROUNDS):
                 for who, kept in samples.items():

@@ -1,9 +1,9 @@
-"""Largest difference of logits between `minillm.zoo` and a reference, per family, into data/results/parity.json.
+"""Largest difference of logits between a published folder's model and a reference, per family, into data/results/parity.json.
 
 python -m benchmarks.parity           # half a minute
 
 References: transformers where it has the model, else the slow ones of tests/references.py. Weights are random and tiny, in the
-published layout, written by code that shares nothing with the zoo. Norms of transformers run in the model's own dtype.
+published layout, written by code that shares nothing with the hub. Norms of transformers run in the model's own dtype.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from minillm.base.files import atomic_write
 from minillm.base.machine import describe_machine
-from minillm.hub import published
+from minillm.hub import ModelFolder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "data" / "results" / "parity.json"
@@ -49,7 +49,7 @@ def largest(
         torch.manual_seed(seed)
         weights = random_weights(settings, dtype, settings.get("tie_word_embeddings", False))
         with tempfile.TemporaryDirectory() as folder:
-            model = published.load_checkpoint(write_folder(Path(folder), weights, settings, n_shards=2))
+            model = ModelFolder.open(write_folder(Path(folder), weights, settings, n_shards=2)).model()
             expected = reference(weights, settings, prompts)
             width = prompts.shape[1]
             padded = F.pad(prompts, (3, 0), value=3)

@@ -3,25 +3,19 @@
 # %% auto #0
 __all__ = [
     "MODELS",
-    "LLAMA_TOP",
-    "LLAMA_REST",
-    "LLAMA_ROWS",
-    "BAICHUAN_ROWS",
-    "CHATGLM_ROWS",
-    "CHATGLM2_ROWS",
     "META_ROWS",
     "FAMILIES",
     "llama_config",
-    "config",
+    "published_shape",
     "Row",
     "name_table",
     "split_heads",
     "join_heads",
     "pairs_to_halves",
-    "insist",
-    "whole",
-    "real",
-    "flag",
+    "require",
+    "int_setting",
+    "float_setting",
+    "bool_setting",
     "linear_scale",
     "read_llama",
     "write_llama",
@@ -63,22 +57,10 @@ def llama_config(n_layers: int, dim: int, n_heads: int, hidden_dim: int, **more:
 
 # %% ../chapters/14_zoo.ipynb #7c25f8e9
 _CHATGLM = ModelConfig(
-    vocab_size=130528,
-    dim=4096,
-    n_layers=28,
-    n_heads=32,
-    n_kv_heads=32,
-    hidden_dim=16384,
-    max_seq_len=2048,
-    norm="layer",
-    mlp="gelu",
-    position="rope2d",
-    residual="glm",
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
+    vocab_size=130528, dim=4096, n_layers=28, n_heads=32, n_kv_heads=32, hidden_dim=16384, max_seq_len=2048,
+    norm="layer", mlp="gelu", position="rope2d", residual="glm", qkv_bias=True, out_bias=True, mlp_bias=True,
     glm_ids=(130000, 130001, 130004),
-)
+)  # fmt: skip
 _CHATGLM2 = llama_config(
     28, 4096, 32, 13696, n_kv_heads=2, vocab_size=65024, max_seq_len=32768, norm_eps=1e-5,
     qkv_bias=True, rope_fraction=0.5, rope_interleaved=True,
@@ -103,8 +85,8 @@ MODELS: dict[str, ModelConfig] = {
 
 
 # %% ../chapters/14_zoo.ipynb #aa8f9bdf
-def config(name: str) -> ModelConfig:
-    """The shape of a published model, as in `config("llama2-70b")`.
+def published_shape(name: str) -> ModelConfig:
+    """The shape of a published model, as in `published_shape("llama2-70b")`.
 
     Raises:
         ValueError: there is no such model; the message lists them.
@@ -172,8 +154,8 @@ def pairs_to_halves(weight: Float[Tensor, "R D"], n_heads: int) -> Float[Tensor,
 
 
 # %% ../chapters/14_zoo.ipynb #f7841f32
-LLAMA_TOP = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
-LLAMA_REST = {
+_LLAMA_TOP = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
+_LLAMA_REST = {
     "self_attn.o_proj": "attn.wo",
     "mlp.gate_proj": "mlp.w_gate",
     "mlp.up_proj": "mlp.w_up",
@@ -181,20 +163,14 @@ LLAMA_REST = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "mlp_norm",
 }
-LLAMA_ROWS = name_table(
-    LLAMA_TOP,
-    "model.layers.{n}.",
-    {f"self_attn.{x}_proj": f"attn.w{x}" for x in "qkv"} | LLAMA_REST,
+_LLAMA_ROWS = name_table(
+    _LLAMA_TOP, "model.layers.{n}.", {f"self_attn.{x}_proj": f"attn.w{x}" for x in "qkv"} | _LLAMA_REST
 )
-BAICHUAN_ROWS = name_table(
-    LLAMA_TOP, "model.layers.{n}.", {"self_attn.W_pack": "attn.wq attn.wk attn.wv"} | LLAMA_REST
+_BAICHUAN_ROWS = name_table(
+    _LLAMA_TOP, "model.layers.{n}.", {"self_attn.W_pack": "attn.wq attn.wk attn.wv"} | _LLAMA_REST
 )
-CHATGLM_ROWS = name_table(
-    {
-        "transformer.word_embeddings": "embed",
-        "transformer.final_layernorm": "norm",
-        "lm_head": "head",
-    },
+_CHATGLM_ROWS = name_table(
+    {"transformer.word_embeddings": "embed", "transformer.final_layernorm": "norm", "lm_head": "head"},
     "transformer.layers.{n}.",
     {
         "input_layernorm": "attn_norm",
@@ -206,7 +182,7 @@ CHATGLM_ROWS = name_table(
     },
     by_head="attention.query_key_value",
 )
-CHATGLM2_ROWS = name_table(
+_CHATGLM2_ROWS = name_table(
     {
         "transformer.embedding.word_embeddings": "embed",
         "transformer.encoder.final_layernorm": "norm",
@@ -233,7 +209,7 @@ META_ROWS = name_table(
 
 
 # %% ../chapters/14_zoo.ipynb #31648f0f
-def insist(settings: Mapping[str, Any], **expected: Any) -> None:
+def require(settings: Mapping[str, Any], **expected: Any) -> None:
     """Hold settings that have one supported value against it; a setting that is not there has it.
 
     Raises:
@@ -245,7 +221,7 @@ def insist(settings: Mapping[str, Any], **expected: Any) -> None:
 
 
 # %% ../chapters/14_zoo.ipynb #b5e32adb
-def whole(settings: Mapping[str, Any], key: str, default: Any = None) -> int:
+def int_setting(settings: Mapping[str, Any], key: str, default: Any = None) -> int:
     """A setting that is a whole number, of at least 0; where it is missing or null, the default.
 
     Raises:
@@ -260,8 +236,8 @@ def whole(settings: Mapping[str, Any], key: str, default: Any = None) -> int:
 
 
 # %% ../chapters/14_zoo.ipynb #586630e5
-def real(settings: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A setting that is a finite number above 0, raising like `whole`."""
+def float_setting(settings: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A setting that is a finite number above 0, raising like `int_setting`."""
     value: Any = settings[key] if default is None else settings.get(key)
     value = default if value is None else value
     if type(value) not in (int, float) or not 0 < value < 1e300:
@@ -270,7 +246,7 @@ def real(settings: Mapping[str, Any], key: str, default: float | None = None) ->
 
 
 # %% ../chapters/14_zoo.ipynb #facbf38c
-def flag(settings: Mapping[str, Any], key: str, default: bool) -> bool:
+def bool_setting(settings: Mapping[str, Any], key: str, default: bool) -> bool:
     """A setting that is true or false."""
     value = settings.get(key, default)
     if not isinstance(value, bool):
@@ -289,32 +265,35 @@ def linear_scale(settings: Mapping[str, Any]) -> float:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ValueError(f"rope scaling {kind!r} is not supported, only 'linear'")
-    return real(rope, "factor") if kind == "linear" else 1.0
+    return float_setting(rope, "factor") if kind == "linear" else 1.0
 
 
 # %% ../chapters/14_zoo.ipynb #20c5647a
 def read_llama(settings: Mapping[str, Any]) -> ModelConfig:
     """The shape that a LLaMA config describes."""
-    insist(settings, hidden_act="silu", partial_rotary_factor=1.0)
-    heads, bias = whole(settings, "num_attention_heads"), flag(settings, "attention_bias", False)
+    require(settings, hidden_act="silu", partial_rotary_factor=1.0)
+    heads, bias = (
+        int_setting(settings, "num_attention_heads"),
+        bool_setting(settings, "attention_bias", False),
+    )
     found = ModelConfig(
-        vocab_size=whole(settings, "vocab_size"),
-        dim=whole(settings, "hidden_size"),
-        n_layers=whole(settings, "num_hidden_layers"),
+        vocab_size=int_setting(settings, "vocab_size"),
+        dim=int_setting(settings, "hidden_size"),
+        n_layers=int_setting(settings, "num_hidden_layers"),
         n_heads=heads,
-        n_kv_heads=whole(settings, "num_key_value_heads", heads),
-        hidden_dim=whole(settings, "intermediate_size"),
-        max_seq_len=whole(settings, "max_position_embeddings", 2048),
-        norm_eps=real(settings, "rms_norm_eps"),
-        rope_theta=real(settings.get("rope_parameters") or settings, "rope_theta", 10000.0),
+        n_kv_heads=int_setting(settings, "num_key_value_heads", heads),
+        hidden_dim=int_setting(settings, "intermediate_size"),
+        max_seq_len=int_setting(settings, "max_position_embeddings", 2048),
+        norm_eps=float_setting(settings, "rms_norm_eps"),
+        rope_theta=float_setting(settings.get("rope_parameters") or settings, "rope_theta", 10000.0),
         rope_scale=linear_scale(settings),
         qkv_bias=bias,
         out_bias=bias,
-        mlp_bias=flag(settings, "mlp_bias", False),
-        tied=flag(settings, "tie_word_embeddings", False),
-        norm_head=flag(settings, "norm_head", False),
+        mlp_bias=bool_setting(settings, "mlp_bias", False),
+        tied=bool_setting(settings, "tie_word_embeddings", False),
+        norm_head=bool_setting(settings, "norm_head", False),
     )
-    insist({"head_dim": settings.get("head_dim") or found.head_dim}, head_dim=found.head_dim)
+    require({"head_dim": settings.get("head_dim") or found.head_dim}, head_dim=found.head_dim)
     return found
 
 
@@ -345,18 +324,18 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 # %% ../chapters/14_zoo.ipynb #4992049c
 def read_chatglm(settings: Mapping[str, Any]) -> ModelConfig:
     """The shape that a ChatGLM-6B config describes. It has no key for a tied head, and its default is a tied one."""
-    insist(settings, position_encoding_2d=True)
-    heads = whole(settings, "num_attention_heads")
+    require(settings, position_encoding_2d=True)
+    heads = int_setting(settings, "num_attention_heads")
     ids = {"mask_token_id": 130000, "gmask_token_id": 130001, "bos_token_id": 130004}
     return ModelConfig(
-        vocab_size=whole(settings, "vocab_size"),
-        dim=whole(settings, "hidden_size"),
-        n_layers=whole(settings, "num_layers"),
+        vocab_size=int_setting(settings, "vocab_size"),
+        dim=int_setting(settings, "hidden_size"),
+        n_layers=int_setting(settings, "num_layers"),
         n_heads=heads,
         n_kv_heads=heads,
-        hidden_dim=whole(settings, "inner_hidden_size"),
-        max_seq_len=whole(settings, "max_sequence_length", 2048),
-        norm_eps=real(settings, "layernorm_epsilon"),
+        hidden_dim=int_setting(settings, "inner_hidden_size"),
+        max_seq_len=int_setting(settings, "max_sequence_length", 2048),
+        norm_eps=float_setting(settings, "layernorm_epsilon"),
         norm="layer",
         mlp="gelu",
         position="rope2d",
@@ -364,8 +343,8 @@ def read_chatglm(settings: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        tied=flag(settings, "tie_word_embeddings", True),
-        glm_ids=[whole(settings, key, published) for key, published in ids.items()],
+        tied=bool_setting(settings, "tie_word_embeddings", True),
+        glm_ids=[int_setting(settings, key, published) for key, published in ids.items()],
     )
 
 
@@ -394,28 +373,30 @@ def write_chatglm(config: ModelConfig) -> dict[str, Any]:
 # %% ../chapters/14_zoo.ipynb #cab3aa4f
 def read_chatglm2(settings: Mapping[str, Any]) -> ModelConfig:
     """The shape that a ChatGLM2 config describes; the 32K variant is the one with a `rope_ratio`."""
-    insist(settings, rmsnorm=True, apply_residual_connection_post_layernorm=False, add_bias_linear=False)
-    insist(settings, post_layer_norm=True)
-    heads = whole(settings, "num_attention_heads")
+    require(settings, rmsnorm=True, apply_residual_connection_post_layernorm=False, add_bias_linear=False)
+    require(settings, post_layer_norm=True)
+    heads = int_setting(settings, "num_attention_heads")
     groups = (
-        whole(settings, "multi_query_group_num") if flag(settings, "multi_query_attention", False) else heads
+        int_setting(settings, "multi_query_group_num")
+        if bool_setting(settings, "multi_query_attention", False)
+        else heads
     )
     found = ModelConfig(
-        vocab_size=whole(settings, "padded_vocab_size"),
-        dim=whole(settings, "hidden_size"),
-        n_layers=whole(settings, "num_layers"),
+        vocab_size=int_setting(settings, "padded_vocab_size"),
+        dim=int_setting(settings, "hidden_size"),
+        n_layers=int_setting(settings, "num_layers"),
         n_heads=heads,
         n_kv_heads=groups,
-        hidden_dim=whole(settings, "ffn_hidden_size"),
-        max_seq_len=whole(settings, "seq_length"),
-        norm_eps=real(settings, "layernorm_epsilon"),
-        qkv_bias=flag(settings, "add_qkv_bias", True),
+        hidden_dim=int_setting(settings, "ffn_hidden_size"),
+        max_seq_len=int_setting(settings, "seq_length"),
+        norm_eps=float_setting(settings, "layernorm_epsilon"),
+        qkv_bias=bool_setting(settings, "add_qkv_bias", True),
         rope_fraction=0.5,
         rope_interleaved=True,
-        rope_scale=real(settings, "rope_ratio", 1.0),
-        tied=flag(settings, "tie_word_embeddings", False),
+        rope_scale=float_setting(settings, "rope_ratio", 1.0),
+        tied=bool_setting(settings, "tie_word_embeddings", False),
     )
-    insist(settings, kv_channels=found.head_dim)
+    require(settings, kv_channels=found.head_dim)
     return found
 
 
@@ -451,20 +432,20 @@ def read_baichuan(settings: Mapping[str, Any]) -> ModelConfig:
 
     No published key names Baichuan2's normed head, so that its vocabulary has to.
     """
-    insist(settings, hidden_act="silu")
-    heads, rotary = whole(settings, "num_attention_heads"), "max_position_embeddings" in settings
+    require(settings, hidden_act="silu")
+    heads, rotary = int_setting(settings, "num_attention_heads"), "max_position_embeddings" in settings
     return ModelConfig(
-        vocab_size=whole(settings, "vocab_size"),
-        dim=whole(settings, "hidden_size"),
-        n_layers=whole(settings, "num_hidden_layers"),
+        vocab_size=int_setting(settings, "vocab_size"),
+        dim=int_setting(settings, "hidden_size"),
+        n_layers=int_setting(settings, "num_hidden_layers"),
         n_heads=heads,
         n_kv_heads=heads,
-        hidden_dim=whole(settings, "intermediate_size"),
-        max_seq_len=whole(settings, "max_position_embeddings" if rotary else "model_max_length"),
-        norm_eps=real(settings, "rms_norm_eps"),
+        hidden_dim=int_setting(settings, "intermediate_size"),
+        max_seq_len=int_setting(settings, "max_position_embeddings" if rotary else "model_max_length"),
+        norm_eps=float_setting(settings, "rms_norm_eps"),
         position="rope" if rotary else "alibi",
-        tied=flag(settings, "tie_word_embeddings", False),
-        norm_head=flag(settings, "norm_head", settings["vocab_size"] == 125696),
+        tied=bool_setting(settings, "tie_word_embeddings", False),
+        norm_head=bool_setting(settings, "norm_head", settings["vocab_size"] == 125696),
     )
 
 
@@ -503,10 +484,10 @@ class Family(NamedTuple):
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", LLAMA_ROWS, read_llama, write_llama),
-        Family("chatglm", CHATGLM_ROWS, read_chatglm, write_chatglm),
-        Family("chatglm2", CHATGLM2_ROWS, read_chatglm2, write_chatglm2),
-        Family("baichuan", BAICHUAN_ROWS, read_baichuan, write_baichuan, transposed_int8=True),
+        Family("llama", _LLAMA_ROWS, read_llama, write_llama),
+        Family("chatglm", _CHATGLM_ROWS, read_chatglm, write_chatglm),
+        Family("chatglm2", _CHATGLM2_ROWS, read_chatglm2, write_chatglm2),
+        Family("baichuan", _BAICHUAN_ROWS, read_baichuan, write_baichuan, transposed_int8=True),
     )
 }
 

@@ -31,14 +31,12 @@ def _convert(argv: Sequence[str]) -> int:
     args = _parse(ConvertArgs, prog="minillm convert", args=list(argv))
     import torch
 
-    from minillm.hub.folder import convert_folder
-    from minillm.hub.published import load_shape
-
-    dtype = None if args.dtype == "as stored" else getattr(torch, args.dtype)
-    out = convert_folder(args.folder, args.out, dtype=dtype)
+    from minillm.hub import ModelFolder
     from minillm.transformer import count_parameters
 
-    print(f"{out}: {count_parameters(load_shape(out)).total:,} parameters")
+    dtype = None if args.dtype == "as stored" else getattr(torch, args.dtype)
+    out = ModelFolder.open(args.folder).convert(args.out, dtype=dtype)
+    print(f"{out.path}: {count_parameters(out.config).total:,} parameters")
     return 0
 
 
@@ -124,7 +122,7 @@ def _info_attention(argv: Sequence[str]) -> int:
 
 
 def _model_config(name: str) -> ModelConfig:
-    from minillm.hub.published import load_shape
+    from minillm.hub import ModelFolder
     from minillm.runs.recipes import RECIPES, recipe
     from minillm.zoo import MODELS
 
@@ -132,14 +130,12 @@ def _model_config(name: str) -> ModelConfig:
         return recipe(name).model
     if name in MODELS:
         return MODELS[name]
-    folder = Path(name)
-    path = next((p for p in (folder / "model" / "config.json", folder / "config.json") if p.exists()), None)
-    if path is None:
+    if ModelFolder.settings_file(name) is None:
         raise ValueError(
             f"{name!r} is neither a recipe ({', '.join(RECIPES)}), nor a published model "
             f"({', '.join(MODELS)}), nor the folder of a run or model"
         )
-    return load_shape(path.parent)
+    return ModelFolder.open(name).config
 
 
 def _plan(args: InfoArgs, models: dict[str, ModelConfig]) -> int:

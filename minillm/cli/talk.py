@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -41,29 +41,11 @@ class GenerateArgs:
     """auto, cpu, cuda, cuda:1, mps."""
 
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "ice_text.model")
-
-
-def _load(folder: Path, device: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of a run, or of a folder that holds a model itself, in any format."""
-    published = any((folder / name).exists() for name in ("config.json", "params.json"))
-    if (folder / "model" / "config.json").exists() or not published:
-        from minillm.hub.folder import load_run
-
-        return load_run(folder, device)
-    from minillm.hub.folder import OWN_TOKENIZER, load_folder
-
-    if not any((folder / name).exists() for name in (*TOKENIZERS, OWN_TOKENIZER)):
-        raise ValueError(
-            f"{folder} holds a model and no tokenizer ({', '.join(TOKENIZERS)}): put one beside it"
-        )
-    return load_folder(folder, device=device)
-
-
 def _generate(argv: Sequence[str]) -> int:
     args = _parse(GenerateArgs, prog="minillm generate", args=list(argv))
     from minillm.base.machine import pick_device
     from minillm.generate import Sampler, stream_text
+    from minillm.hub import ModelFolder
     from minillm.kernels.matmul import tune_matmul
     from minillm.serving.fast import prepare
 
@@ -77,8 +59,10 @@ def _generate(argv: Sequence[str]) -> int:
     if args.n < 1 or args.max_new_tokens < 1:
         raise ValueError(f"n and max_new_tokens must be at least 1, got {args.n} and {args.max_new_tokens}")
     tune_matmul()
-    model, tokenizer = _load(args.model, pick_device(args.device))
-    fast = prepare(model.eval(), args.max_new_tokens)
+    folder = ModelFolder.open(args.model)
+    tokenizer = folder.tokenizer()  # before the weights: a folder may lack one
+    model = folder.model(device=pick_device(args.device)).eval()
+    fast = prepare(model, args.max_new_tokens)
 
     def answer(prompt: str, seed: int | None) -> None:
         room = model.config.max_seq_len - len(tokenizer.encode(prompt))

@@ -1,15 +1,11 @@
 """The tokenizers that published models bring, and the prompts that they expect."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.hub.published import load_shape
-from minillm.hub.weights import inside, read_json
 from minillm.tokenizer import SentencePieceTokenizer, TokenizerError, load_tokenizer
-from minillm.zoo import family_of, recognise
 
 
 def glm_text(text: str) -> str:
@@ -120,31 +116,21 @@ class PublishedTokenizer:
         return ids
 
 
-def load_published_tokenizer(folder: str | Path) -> PublishedTokenizer:
-    """The tokenizer of a published folder: `tokenizer.model`, or ChatGLM-6B's `ice_text.model`, with its family's rules.
+def read_published_tokenizer(path: Path, family: str, settings: Mapping[str, Any]) -> PublishedTokenizer:
+    """The tokenizer of a published model: its SentencePiece file, with its family's rules.
+
+    Args:
+        path: `tokenizer.model`, or ChatGLM-6B's `ice_text.model`.
+        family: llama, chatglm, chatglm2 or baichuan.
+        settings: of the folder's JSON files; its special ids and `num_image_tokens` are used.
 
     Raises:
-        TokenizerError: there is no SentencePiece file, or it is damaged.
-        CheckpointError: the folder's JSON files are damaged, or name no family of ours.
+        TokenizerError: the file is damaged, or a setting makes no sense.
     """
-    folder = Path(folder)
-    names = [name for name in ("ice_text.model", "tokenizer.model") if os.path.lexists(folder / name)]
-    if not names:
-        raise TokenizerError(f"{folder}: neither tokenizer.model nor ice_text.model in this folder")
-    base = load_tokenizer(inside(folder, names[0]))
+    base = load_tokenizer(path)
     assert isinstance(base, SentencePieceTokenizer)
-    found: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-        if os.path.lexists(folder / name):
-            found |= read_json(inside(folder, name), 16 << 20)
-    if found.get("format") == "minillm":
-        family = family_of(load_shape(folder)).name
-    elif not found and os.path.lexists(folder / "params.json"):
-        family = "llama"  # as Meta published it: there is nothing else to read
-    else:
-        family = recognise(found, folder / "config.json").name
-    ids = {key: value for key, value in found.items() if key.endswith("_token_id") and type(value) is int}
-    offset = found.get("num_image_tokens", 0)
+    ids = {key: value for key, value in settings.items() if key.endswith("_token_id") and type(value) is int}
+    offset = settings.get("num_image_tokens", 0)
     if type(offset) is not int or not 0 <= offset <= 1 << 20:
-        raise TokenizerError(f"{folder}: num_image_tokens must be a number of ids, got {offset!r}")
+        raise TokenizerError(f"{path.parent}: num_image_tokens must be a number of ids, got {offset!r}")
     return PublishedTokenizer(base, family, ids, offset)

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import math
 import mmap
 import os
 import pickletools
@@ -11,14 +10,15 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minillm.base.errors import CheckpointError
+from minillm.storage.tensors import load_tensors
 
 
 def inside(folder: Path, name: Any) -> Path:
@@ -63,79 +63,7 @@ def read_json(path: Path, max_bytes: int = 1 << 20) -> dict[str, Any]:
     return data
 
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 MAX_TABLE_BYTES = 8 << 20  # of a table of contents; that of a 70B model takes 100 kB
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies in a safetensors file: bytes start … stop, counted from the beginning of the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """The table of contents of a safetensors file, every number of it checked against the file's size.
-
-    Raises:
-        CheckpointError: it is no safetensors file, or not all of one.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(size - 8, MAX_TABLE_BYTES):
-            raise CheckpointError(f"{path}: no safetensors file, or truncated within its header")
-        try:
-            header = json.loads(file.read(length).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is not a JSON object")
-    entries = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (start, stop) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-            if not whole or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError("sizes that disagree")
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: the header's entry of {name!r} makes no sense: {str(item)[:100]}"
-            ) from error
-        if (end := 8 + length + stop) > size:
-            raise CheckpointError(f"{path}: truncated: {name!r} ends at byte {end:,}, the file at {size:,}")
-        entries[name] = Entry(dtype, shape, 8 + length + start, end)
-    return entries
-
-
-def map_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, as views of the file: nothing is read until it is used."""
-    entries = read_header(path)
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writing changes no file
-    tensors = {}
-    for name, (dtype, shape, start, stop) in entries.items():
-        count = (stop - start) // dtype.itemsize
-        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start) if count else None
-        tensors[name] = torch.empty(shape, dtype=dtype) if flat is None else flat.view(shape)
-    return tensors
-
 
 SAFE_GLOBALS = {
     "collections.OrderedDict",
@@ -201,8 +129,8 @@ def map_pickle(path: Path) -> dict[str, Tensor]:
 class Weights:
     """All tensors of a folder, as views of its files, and which file each is from."""
 
-    tensors: dict[str, Tensor]
-    files: dict[str, Path]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
 
     def add(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Add those of one file.
@@ -245,8 +173,8 @@ def open_weights(folder: Path) -> Weights:
     Raises:
         CheckpointError: there are none, or a file is missing, damaged or outside the folder.
     """
-    weights = Weights({}, {})
-    for name, opened in (("model.safetensors", map_safetensors), ("pytorch_model.bin", map_pickle)):
+    weights = Weights()
+    for name, opened in (("model.safetensors", load_tensors), ("pytorch_model.bin", map_pickle)):
         if os.path.lexists(folder / name):
             path = inside(folder, name)
             weights.add(path, opened(path))
@@ -264,7 +192,7 @@ def open_weights(folder: Path) -> Weights:
     )
 
 
-def release(tensor: Tensor) -> None:
+def drop_pages(tensor: Tensor) -> None:
     """Let the kernel drop the pages behind a view of a file. They come back from the file when they are used."""
     if not sys.platform.startswith("linux"):
         return
@@ -283,5 +211,5 @@ def copied(stored: Tensor, dtype: torch.dtype, *, chunk_bytes: int = 1 << 24) ->
     n_elements = max(1, chunk_bytes // max(stored.itemsize, out.itemsize))
     for target, source in zip(out.view(-1).split(n_elements), stored.view(-1).split(n_elements)):
         target.copy_(source)
-        release(source)
+        drop_pages(source)
     return out

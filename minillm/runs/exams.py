@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from minillm.base.files import atomic_write
 from minillm.base.machine import peak_memory_bytes
 from minillm.generate import Sampler, generate, generate_text
-from minillm.hub.folder import load_run
+from minillm.hub import load_run
 from minillm.runs.data import openings
 from minillm.runs.folder import Record, RunFolder, Stage
 from minillm.runs.pretrain import Training
