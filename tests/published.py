@@ -1,4 +1,4 @@
-"""Tiny folders in the layout in which the models were published, written without any code of `minillm.zoo`."""
+"""Tiny folders in the layout in which the models were published, written without any code of `minillm.zoo` or `minillm.hub`."""
 
 import json
 
@@ -28,6 +28,9 @@ CHATGLM2 = {
     "multi_query_group_num": 2, "ffn_hidden_size": 56, "seq_length": 32, "layernorm_epsilon": 1e-5,
     "rmsnorm": True, "apply_residual_connection_post_layernorm": False, "add_bias_linear": False,
     "add_qkv_bias": True, "post_layer_norm": True, "tie_word_embeddings": False, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LLAMA, "baichuan-7b": BAICHUAN_7B, "baichuan-13b": BAICHUAN_13B, "chatglm": CHATGLM, "chatglm2": CHATGLM2,
 }  # fmt: skip
 
 
@@ -93,6 +96,26 @@ def random_weights(settings, dtype=torch.float32, tied=False):
         gain = len(shape) == 1 and name.endswith(".weight")
         weights[name] = (1 + 0.1 * noise if gain else 0.15 * noise).to(dtype)
     return weights
+
+
+def weights_for(settings, dtype=torch.float32):
+    """`random_weights`, with the biases that the settings ask for."""
+    tied = settings.get("tie_word_embeddings", False)
+    weights = random_weights(settings, dtype, tied)
+    for name in list(weights):
+        if settings.get("attention_bias") and name.endswith(
+            ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+        ):
+            weights[name.replace("weight", "bias")] = torch.randn(weights[name].shape[0], dtype=dtype)
+        if settings.get("mlp_bias") and ".mlp." in name:
+            weights[name.replace("weight", "bias")] = torch.randn(weights[name].shape[0], dtype=dtype)
+    return weights
+
+
+def apart(a, b):
+    """The largest difference of two tensors of one shape."""
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
 
 
 def write_folder(folder, weights, settings, kind="safetensors", n_shards=1):

@@ -7,9 +7,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.base.errors import CheckpointError
+from minillm.storage.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from minillm.storage.shards import SHARD_FIELDS, ShardError, TokenShards, write_shards
 
 
@@ -214,3 +217,48 @@ def test_document_numbers_are_checked(folder):
     for i in (-1, len(shards)):
         with pytest.raises(IndexError, match=rf"document must be in 0..59, got {i}"):
             shards.document(i)
+
+
+# Checkpoints.
+
+
+def save(folder, step, value=1.0):
+    tensors = {"model": {"w": torch.full((4,), value)}, "random": {"cpu": torch.get_rng_state()}}
+    return save_checkpoint(folder, step, tensors=tensors, state={"step": step, "name": "试"})
+
+
+def test_a_checkpoint_comes_back_and_only_the_newest_stay(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, value=step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
+    tensors, state = load_checkpoint(latest_checkpoint(tmp_path))
+    assert torch.equal(tensors["model"]["w"], torch.full((4,), 30.0))
+    assert state == {"step": 30, "name": "试"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_found_named_and_passed_over(tmp_path, damage, caplog):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(data[:-3])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (path / "manifest.json").write_text("{")
+    with pytest.raises(
+        CheckpointError, match="manifest.json" if damage == "manifest" else "model.safetensors"
+    ):
+        load_checkpoint(path)
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+    assert "step-00000002" in caplog.text
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "nowhere") is None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minillm.base.errors import CheckpointError
 from minillm.hub.weights import Weights, copied, drop_pages
@@ -156,6 +157,20 @@ def convert(
     return dict(zip(plan.targets, parts))
 
 
+class _NoStart(TorchFunctionMode):
+    """While it is active, `torch.nn.init` does nothing.
+
+    Weights that will be replaced need no random start; and the first random number on the meta device makes torch import sympy:
+    140 MB and a second or two.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def build(
     config: ModelConfig,
     weights: Weights,
@@ -179,7 +194,7 @@ def build(
         CheckpointError: tensors and shape do not fit each other.
     """
     check_size(config, weights, folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoStart():
         model = Transformer(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tied:
