@@ -39,8 +39,8 @@ from minillm.generate import (
     stream_text,
 )
 from minillm.harm import find_pii, toxicity_classifier
-from minillm.hub.folder import convert_folder, load_folder
-from minillm.hub.own import load_model, save_model
+from minillm.hub import ModelFolder
+from minillm.hub.own import save_model
 from minillm.pipeline.run import clean
 from minillm.pipeline.steps import CLEAN_RECIPES, clean_recipe, default_steps
 from minillm.readers.documents import write_documents
@@ -259,7 +259,7 @@ def checkpoints(folder):
         save_model(folder / kind, model(kind))
     path = save_checkpoint(folder, 7, tensors={"model": weights}, state={"step": 7, "name": "试"})
     found = files(folder)
-    found["loaded"] = {kind: load_model(folder / kind).state_dict() for kind in KINDS}
+    found["loaded"] = {kind: ModelFolder.open(folder / kind).model().state_dict() for kind in KINDS}
     return {**found, "resumed": load_checkpoint(path)}
 
 
@@ -267,10 +267,13 @@ def published(folder):
     for kind in KINDS:
         save_model(folder / kind / "ours", model(kind))
         tokenizer().save(folder / kind / "ours")
-        convert_folder(folder / kind / "ours", folder / kind / "theirs")
-        convert_folder(folder / kind / "theirs", folder / kind / "back", dtype=torch.bfloat16)
+        ModelFolder.open(folder / kind / "ours").convert(folder / kind / "theirs")
+        ModelFolder.open(folder / kind / "theirs").convert(folder / kind / "back", dtype=torch.bfloat16)
     found = {kind: files(folder / kind) for kind in KINDS}
-    return {**found, "loaded": [load_folder(folder / kind / "theirs")[0].state_dict() for kind in KINDS]}
+    return {
+        **found,
+        "loaded": [ModelFolder.open(folder / kind / "theirs").model().state_dict() for kind in KINDS],
+    }
 
 
 def spoken(folder):

@@ -23,7 +23,7 @@ from minillm.base.errors import CheckpointError, WorkersFailed
 from minillm.base.processes import run_processes
 from minillm.check import check, laws
 from minillm.cli import main
-from minillm.hub.own import load_model
+from minillm.hub import ModelFolder
 from minillm.runs.engines import EngineConfig, make_engine
 from minillm.storage.checkpoints import load_checkpoint
 from minillm.storage.shards import TokenShards
@@ -717,7 +717,7 @@ def assert_like_plain(folder, plain_run):
     (losses, held), (expected, held_alone) = losses_of(folder), losses_of(plain_run)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert held == pytest.approx(held_alone, rel=1e-4)
-    mine, theirs = load_model(folder / "model"), load_model(plain_run / "model")
+    mine, theirs = (ModelFolder.open(run).model() for run in (folder, plain_run))
     for (name, p), q in zip(mine.named_parameters(), theirs.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
 
