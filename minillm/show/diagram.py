@@ -15,10 +15,10 @@ _LINE, _MARGIN = 19, 9  # height of a line and space above the first, in pixels
 class DrawnBox:
     """Where a box stands: its middle and its size, in pixels."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    x: int | float
+    y: int | float
+    width: int | float
+    height: int | float
 
 
 class Diagram:
@@ -32,14 +32,22 @@ class Diagram:
         self.width, self.height = width, height
         self.parts: list[str] = []
 
-    def text(self, x: float, y: float, line: str, *, color: str = "black", bold: bool = False) -> None:
+    def text(
+        self, x: int | float, y: int | float, line: str, *, color: str = "black", bold: bool = False
+    ) -> None:
         """One line of text around (x, y)."""
         weight = ' font-weight="bold"' if bold else ""
         place = f'x="{x:g}" y="{y:g}" text-anchor="middle" dominant-baseline="central"'
         self.parts.append(f'<text {place} fill="{COLORS[color]}"{weight}>{escape(line, quote=False)}</text>')
 
     def box(
-        self, x: float, y: float, title: str, *lines: str, width: float = 170, color: str = "blue"
+        self,
+        x: int | float,
+        y: int | float,
+        title: str,
+        *lines: str,
+        width: int | float = 170,
+        color: str = "blue",
     ) -> DrawnBox:
         """A box around (x, y) with a title, bold where there are more lines below it."""
         box = DrawnBox(x, y, width, _LINE * (1 + len(lines)) + 2 * _MARGIN)
