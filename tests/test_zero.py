@@ -225,7 +225,7 @@ def steps_of(engine, loader, n=3, parts=1):
             part_loss = engine.loss(batch_loss, part, batch.n_targets)
             engine.backward(part_loss)
             loss += part_loss.item()
-        losses.append((loss, engine.step(1e-2)))
+        losses.append((loss, engine.step(1e-2).norm))
     return losses
 
 
