@@ -28,7 +28,6 @@ __all__ = [
     "stop_or_skip",
     "Keeper",
     "TrainResult",
-    "check_stream",
     "train",
 ]
 
@@ -574,7 +573,7 @@ class TrainResult:
 
 
 # %% ../chapters/16_train.ipynb #661f53e5
-def check_stream(loader: Stream, config: TrainConfig, engine: Engine) -> None:
+def _check_stream(loader: Stream, config: TrainConfig, engine: Engine) -> None:
     """Loader, config and engine must speak of the same batches, or a ValueError says where they differ."""
     (rows, length), same = (loader.batch_size, loader.seq_len), (config.batch_size, config.seq_len)
     if (rows, length) != same:
@@ -611,7 +610,7 @@ def train(
         ValueError: loader and config disagree.
     """
     engine, keeper = engine or Engine(model, config), keeper or Keeper()
-    check_stream(loader, config, engine)
+    _check_stream(loader, config, engine)
     torch.manual_seed(config.seed)
     try:
         state = keeper.resume(engine, loader, config)

@@ -28,7 +28,7 @@ from minillm.runs.engines import EngineConfig, make_engine
 from minillm.storage.checkpoints import load_checkpoint
 from minillm.storage.shards import TokenShards
 from minillm.train import Engine, TrainConfig, batch_loss
-from minillm.transformer import Transformer, count_parameters
+from minillm.transformer import Transformer, count_parameters, training_memory
 from minillm.vendors import deepspeed
 from minillm.zero import FlatUnit, state_bytes
 
@@ -138,7 +138,7 @@ def test_the_figures_of_the_paper():
 
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_deepspeed_counts_a_gradient_in_32_bits_and_at_stage_2_one_in_16_bits_too(world_size):
-    deepspeed.import_deepspeed(torch.device("cpu"))
+    deepspeed.import_deepspeed("cpu")
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as estimate_2
 
@@ -173,6 +173,11 @@ def test_a_step_needs_states_activations_and_what_is_whole_at_a_time():
         2 * max(block, outside),
         2 * (max(block, outside) + outside + 2 * block),
     ]
+    alone, memory = (
+        zero.step_bytes(SHAPE, stage=0, world_size=1, rows=2, seq_len=16),
+        training_memory(SHAPE, batch_size=2, seq_len=16),
+    )
+    assert alone["states"] + alone["activations"] == memory.total  # what chapter 13 counts
     shorter = zero.step_bytes(SHAPE, stage=0, world_size=1, rows=2, seq_len=16)["activations"]
     assert shorter < plans[0]["activations"]
 

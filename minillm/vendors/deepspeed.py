@@ -1,9 +1,11 @@
-"""DeepSpeed behind our engine."""
+"""DeepSpeed behind the engine of chapter 18."""
 
+import contextlib
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,22 +15,33 @@ from torch import Tensor, nn
 from minillm.base.errors import CheckpointError, TrainingDiverged
 from minillm.base.optional import optional
 from minillm.train import TrainConfig, Update, clip_gradients, parameter_groups
-from minillm.vendors.fsdp import Borrowed, _LossModule
+from minillm.vendors.fsdp import Borrowed, LossModule, quietly
 from minillm.zero import STATES
 
 
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet, and on a CPU without the operation that it would compile for two minutes.
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment inside, unless the user has set it."""
+    theirs = os.environ.get(name)
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if theirs is None:
+            del os.environ[name]
 
-    That operation is an all-reduce through shared memory; without it DeepSpeed uses gloo.
+
+@cache
+def import_deepspeed(kind: str) -> Any:
+    """DeepSpeed for a kind of device, quiet, and on a CPU without the operation that it would compile for two minutes.
+
+    That operation is an all-reduce through shared memory; without it DeepSpeed uses gloo. It looks at `DS_ACCELERATOR` once, when
+    it is imported, and has no other way to be told.
     """
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_BUILD_OPS", "0")
-    with optional("scale"):
+    with optional("scale"), _variable("DS_ACCELERATOR", "cpu") if kind == "cpu" else contextlib.nullcontext():
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = device.type != "cpu"
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = kind != "cpu"
     return deepspeed
 
 
@@ -71,10 +84,10 @@ class DeepSpeed(Borrowed):
         if stage == 0 and parameter_dtype != torch.float32:
             raise ValueError("deepspeed with parameters in bfloat16 needs zero_stage 1, 2 or 3")
         device = next(model.parameters()).device
-        deepspeed = import_deepspeed(device)
+        deepspeed = import_deepspeed(device.type)
         super().__init__(model, config)
-        self.stage = stage
-        module = _LossModule(model, config.dtype)
+        self.stage, self.gathered = stage, deepspeed.zero.GatheredParameters
+        module = LossModule(model, config.dtype)
         settings = deepspeed_settings(
             config,
             stage=stage,
@@ -94,9 +107,11 @@ class DeepSpeed(Borrowed):
             )
         self.micro = 0
 
+    @quietly()
     def loss(self, loss_fn: Callable[..., Tensor], batch: Any, n_targets: int) -> Tensor:
         return self.deepspeed(loss_fn, batch, n_targets)
 
+    @quietly()
     def backward(self, loss: Float[Tensor, ""]) -> None:
         if self.micro:
             self.deepspeed.step()  # between two parts of a batch it only counts
@@ -104,6 +119,7 @@ class DeepSpeed(Borrowed):
         # It takes the mean over processes and over parts; ours are parts of a sum.
         self.deepspeed.backward(loss * (self.world_size * self.config.accumulation))
 
+    @quietly()
     def step(self, lr: float, limit: float = math.inf) -> Update:
         if limit < 0:
             raise TrainingDiverged(
@@ -134,6 +150,7 @@ class DeepSpeed(Borrowed):
                 yield "optimizer", f"{name}.step", torch.as_tensor(float(step))
 
     @torch.no_grad()
+    @quietly()
     def load_tensors(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -152,9 +169,7 @@ class DeepSpeed(Borrowed):
                 states[p] = {"step": torch.zeros(()), **means} if means else {}
                 continue
             safe_set_full_fp32_param(p, groups["model"][name])
-            with import_deepspeed(next(self.model.parameters()).device).zero.GatheredParameters(
-                [p], modifier_rank=0, enabled=self.stage == 3
-            ):
+            with self.gathered([p], modifier_rank=0, enabled=self.stage == 3):
                 p.copy_(groups["model"][name])
             for key, mean in means.items():
                 safe_set_full_optimizer_state(p, mean, key)

@@ -1,4 +1,4 @@
-"""FSDP2, PyTorch's own fully sharded data parallelism, behind our engine."""
+"""FSDP2, PyTorch's own fully sharded data parallelism, behind the engine of chapter 18, and what DeepSpeed's shares with it."""
 
 import contextlib
 import math
@@ -15,7 +15,15 @@ from minillm.train import TrainConfig, Update, autocast, parameter_groups
 from minillm.zero import STATES, Joined, units_of
 
 
-class _LossModule(nn.Module):
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Both libraries call collectives of torch by names that it has just replaced; the warning is not for our users."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*Please use `torch\.distributed", FutureWarning)
+        yield
+
+
+class LossModule(nn.Module):
     """A model and its loss behind one `forward`, where FSDP2 and DeepSpeed hook in."""
 
     def __init__(self, model: nn.Module, dtype: str):
@@ -32,15 +40,11 @@ class Borrowed(Joined):
 
     compiles = False
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
-        super().__init__(model, config)
-        # Both call collectives of torch by names that it has just replaced.
-        warnings.filterwarnings("ignore", r".*Please use `torch\.distributed", FutureWarning)
-
     def each(self) -> Iterator[tuple[str, str, Tensor]]:
         """Group, name and whole tensor, on all processes, one after the other."""
         raise NotImplementedError
 
+    @quietly()
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for group, name, tensor in self.each():
@@ -48,6 +52,7 @@ class Borrowed(Joined):
                 groups[group][name] = tensor.detach().cpu().clone()
         return groups
 
+    @quietly()
     def shards(self) -> dict[str, dict[str, Tensor]]:
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for group, name, tensor in self.each():
@@ -90,23 +95,27 @@ class FSDP2(Borrowed):
         for module, _ in units_of(model):
             if module is not None:
                 fully_shard(module, **options)
-        self.root: Any = fully_shard(_LossModule(model, config.dtype), **options)
+        self.root: Any = fully_shard(LossModule(model, config.dtype), **options)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay), lr=config.max_lr, betas=config.betas, eps=config.eps
         )
 
+    @quietly()
     def loss(self, loss_fn: Callable[..., Tensor], batch: Any, n_targets: int) -> Tensor:
         return self.root(loss_fn, batch, n_targets)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        self.root.unshard()
+        with quietly():
+            self.root.unshard()
         yield
         self.root.reshard()
 
+    @quietly()
     def backward(self, loss: Float[Tensor, ""]) -> None:
         (loss * self.world_size).backward()  # it takes the mean over processes; ours are parts of a sum
 
+    @quietly()
     def step(self, lr: float, limit: float = math.inf) -> Update:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
@@ -128,6 +137,7 @@ class FSDP2(Borrowed):
                 yield "optimizer", f"{name}.{key}", _whole(value)
 
     @torch.no_grad()
+    @quietly()
     def load_tensors(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         from torch.distributed.tensor import distribute_tensor
 
