@@ -98,9 +98,10 @@ class DeepSpeed(Borrowed):
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay), lr=config.max_lr, betas=config.betas, eps=config.eps
         )
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        with quietly():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings, dist_init_required=False
+            )
         if stage == 3:  # the loss reads the head's matrix without a call of the head
             deepspeed.zero.register_external_parameter(
                 module, dict(model.named_parameters(remove_duplicate=False))["head.weight"]
