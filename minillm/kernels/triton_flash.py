@@ -73,6 +73,15 @@ def head_of(x, strides, b, h):
 
 
 @triton.jit
+def tile_of_queries(sizes, BLOCK_M: tl.constexpr):
+    """(pair, b, h, t, row): the program's pair of batch row and head, its queries, and the first one's column number."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first: none is left at the end
+    pair = tl.program_id(1).to(tl.int64)
+    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    return pair, pair // sizes.heads, pair % sizes.heads, t, sizes.keys - sizes.queries + tile * BLOCK_M
+
+
+@triton.jit
 def load_rows(x, index, strides, d, limit, DH: tl.constexpr):
     """A tile of vectors, zero beyond the last one and beyond the head's width."""
     return tl.load(x + index * strides[2] + d, mask=(index < limit) & (d < DH), other=0.0)
@@ -176,12 +185,8 @@ def forward_kernel(
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Writes the output and each query's log2 of the sum of 2^scores."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first: none is left at the end
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // sizes.heads, pair % sizes.heads
-    t, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    row = sizes.keys - sizes.queries + tile * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
+    pair, b, h, t, row = tile_of_queries(sizes, BLOCK_M)
+    rows, d = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q, k = head_of(tensors.q, strides.q, b, h), head_of(tensors.k, strides.k, b, h // sizes.group)
     v, out = head_of(tensors.v, strides.v, b, h // sizes.group), head_of(tensors.out, strides.out, b, h)
     q_tile = load_rows(q, t[:, None], strides.q, d[None, :], sizes.queries, DH)
@@ -209,9 +214,8 @@ def forward_kernel(
 @triton.jit
 def delta_kernel(tensors, strides, sizes, DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     """Each query's output times its gradient: what the softmax's gradient subtracts."""
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // sizes.heads, pair % sizes.heads
-    t, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    pair, b, h, t, _ = tile_of_queries(sizes, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
     out, grad = head_of(tensors.out, strides.out, b, h), head_of(tensors.grad, strides.grad, b, h)
     o_tile = load_rows(out, t[:, None], strides.out, d[None, :], sizes.queries, DH).to(tl.float32)
     g_tile = load_rows(grad, t[:, None], strides.grad, d[None, :], sizes.queries, DH).to(tl.float32)
@@ -225,12 +229,8 @@ def query_kernel(
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BLOCK_M queries of one head."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // sizes.heads, pair % sizes.heads
-    t, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    row = sizes.keys - sizes.queries + tile * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
+    pair, b, h, t, row = tile_of_queries(sizes, BLOCK_M)
+    rows, d = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q, k = head_of(tensors.q, strides.q, b, h), head_of(tensors.k, strides.k, b, h // sizes.group)
     v, grad = head_of(tensors.v, strides.v, b, h // sizes.group), head_of(tensors.grad, strides.grad, b, h)
     q_tile = load_rows(q, t[:, None], strides.q, d[None, :], sizes.queries, DH)
