@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from minillm.cli.parsing import _parse
+from minillm.cli.parsing import parse
 
 if TYPE_CHECKING:
     from minillm.transformer import ModelConfig
@@ -28,7 +28,7 @@ class ConvertArgs:
 
 
 def _convert(argv: Sequence[str]) -> int:
-    args = _parse(ConvertArgs, prog="minillm convert", args=list(argv))
+    args = parse(ConvertArgs, prog="minillm convert", args=list(argv))
     import torch
 
     from minillm.hub import ModelFolder
@@ -77,7 +77,7 @@ class AttentionArgs:
 
 
 def _info_attention(argv: Sequence[str]) -> int:
-    args = _parse(AttentionArgs, prog="minillm info", args=list(argv))
+    args = parse(AttentionArgs, prog="minillm info", args=list(argv))
     import torch
 
     from minillm.attention import Mask
@@ -176,7 +176,7 @@ def _size(n_bytes: int | float) -> str:
 def _info(argv: Sequence[str]) -> int:
     if "--attention" in argv:
         return _info_attention(argv)
-    args = _parse(InfoArgs, prog="minillm info", args=list(argv))
+    args = parse(InfoArgs, prog="minillm info", args=list(argv))
     from minillm.transformer import count_parameters, flops_per_token, kv_cache_bytes
 
     if args.batch_size < 1 or (args.seq_len is not None and args.seq_len < 1):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 
-def _parse(kind: Any, **options: Any) -> Any:
+def parse(kind: Any, **options: Any) -> Any:
     """`tyro.cli`, except that a value which a dataclass refuses is an error of ours: one line."""
     printed = io.StringIO()
     try:
@@ -46,7 +46,7 @@ def parse_parts(parts: Sequence[Any], **options: Any) -> list[Any]:
         )
         for number, part in enumerate(parts)
     ]
-    found = _parse(dataclasses.make_dataclass("Args", fields), **options)
+    found = parse(dataclasses.make_dataclass("Args", fields), **options)
     return [getattr(found, name) for name, _, _ in fields]
 
 
@@ -61,5 +61,6 @@ def value_of(option: str, words: Sequence[str], default: str) -> str:
     return value
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line at once, through a pipe too."""
     print(line, flush=True)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from minillm.base.machine import pick_device, pick_dtype
 from minillm.base.processes import process_group
-from minillm.cli.parsing import _say, parse_parts, value_of
+from minillm.cli.parsing import parse_parts, say, value_of
 from minillm.runs.engines import EngineConfig
 from minillm.runs.exams import Results
 from minillm.runs.folder import Launch, RunFolder
@@ -48,11 +48,11 @@ def _speedrun(argv: Sequence[str]) -> int:
     run = _run("speedrun", description, speedrun, argv)
     if run.launch.leads:
         training, results = run.found(Training), run.found(Results)
-        _say(
+        say(
             f"\nheld-out loss {training.held_out_nats:.3f} nats a token, {training.bits_per_byte:.3f} bits a byte; "
             f"training {training.tokens_per_s:,.0f} tokens/s, decoding {results.decode_tokens_per_s:,.0f} tokens/s"
         )
-        _say(f"{(time.monotonic() - start) / 60:.1f} minutes. Report: {run.path / 'report.html'}")
+        say(f"{(time.monotonic() - start) / 60:.1f} minutes. Report: {run.path / 'report.html'}")
     return _talk_to(run)
 
 
@@ -77,7 +77,7 @@ def _run(command: str, description: str, work: Callable[..., RunFolder], argv: S
     borrowed = engine.engine in ("fsdp2", "deepspeed")  # they want a group of processes, if only of one
     with process_group(device, timeout_s=engine.timeout_s, always=borrowed) as peers:
         launch = Launch(
-            device=device, dtype=dtype, engine=engine, peers=peers, say=_say, progress=not args.quiet
+            device=device, dtype=dtype, engine=engine, peers=peers, say=say, progress=not args.quiet
         )
         run = work(config, args.runs / (args.name or config.recipe), launch, restart=args.restart)
         peers.wait()  # the first one may have more to do
@@ -86,5 +86,5 @@ def _run(command: str, description: str, work: Callable[..., RunFolder], argv: S
 
 def _talk_to(run: RunFolder) -> int:
     if run.launch.leads:
-        _say(f'Talk to it: minillm generate --model {run.path} "One day, "')
+        say(f'Talk to it: minillm generate --model {run.path} "One day, "')
     return 0

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from minillm.cli.parsing import _parse
+from minillm.cli.parsing import parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class GenerateArgs:
 
 
 def _generate(argv: Sequence[str]) -> int:
-    args = _parse(GenerateArgs, prog="minillm generate", args=list(argv))
+    args = parse(GenerateArgs, prog="minillm generate", args=list(argv))
     from minillm.base.machine import pick_device
     from minillm.generate import Sampler, stream_text
     from minillm.hub import ModelFolder

@@ -12,7 +12,7 @@ import docstring_parser
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from minillm.cli.parsing import _parse, _say, parse_parts, value_of
+from minillm.cli.parsing import parse, parse_parts, say, value_of
 from minillm.pipeline.phases import is_step
 from minillm.pipeline.run import CleanJob, run_job
 from minillm.pipeline.steps import ORDER, CleanSteps, clean_recipe, default_steps
@@ -96,7 +96,7 @@ def _clean(argv: Sequence[str]) -> int:
         f"Lead text through the steps of chapters 02 to 06: {', '.join(ORDER)}. --skip NAME… leaves steps out. A run that was "
         "stopped or killed is taken up by the same command. Then: minillm speedrun --data OUT/documents"
     )
-    args = _parse(
+    args = parse(
         CleanArgs,
         prog="minillm clean",
         description=description,
@@ -110,7 +110,7 @@ def _clean(argv: Sequence[str]) -> int:
         )
     steps = default_steps(args.steps, args.job.sources)
     try:
-        result = run_job(args.job, steps, progress=not args.quiet, say=_say)
+        result = run_job(args.job, steps, progress=not args.quiet, say=say)
     except KeyboardInterrupt:
         print("minillm: interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -147,25 +147,25 @@ def _registry() -> ConstructorRegistry:
 def _say_clean(out: Path, result: dict[str, Any]) -> None:
     from minillm.show.cleaning import truth_table
 
-    _say(f"{'step':14} {'in':>10} {'dropped':>10} {'changed':>10} {'out':>10}  reasons")
+    say(f"{'step':14} {'in':>10} {'dropped':>10} {'changed':>10} {'out':>10}  reasons")
     for step in result["steps"]:
         ranked = sorted(step["reasons"].items(), key=lambda pair: (-pair[1], pair[0]))
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in ranked[:3])
         numbers = (step["n_in"], step["n_in"] - step["n_out"], step["changed"], step["n_out"])
-        _say(f"{step['name']:14} " + " ".join(f"{n:10,}" for n in numbers) + f"  {reasons}")
+        say(f"{step['name']:14} " + " ".join(f"{n:10,}" for n in numbers) + f"  {reasons}")
     if truth := truth_table(result):
-        _say(
+        say(
             f"\n{'step':14} {'to find':>8} {'caught':>8} {'recall':>8} {'acted on':>9} {'precision':>9} {'sound':>7}"
             "  (against the truth; sound: had no defect at all)"
         )
         for row in truth:
             counts = f"{row['planted']:8,} {row['caught']:8,} {row['recall']:8.3f} {row['acted']:9,} {row['precision']:9.3f} {row['sound']:7,}"
-            _say(f"{row['step']:14} {counts}")
+            say(f"{row['step']:14} {counts}")
     for problem in result["read"]["problems"][:5]:
-        _say(f"not read: {problem}")
+        say(f"not read: {problem}")
     books, rate = result["balance"], result["balance"]["in"] / max(result["seconds"], 1e-9)
-    _say(
+    say(
         f"\n{books['in']:,} in = {books['out']:,} out + {books['dropped']:,} dropped + {books['unreadable']:,} unreadable; "
         f"{result['seconds']:.1f} s, {rate:,.0f} documents/s"
     )
-    _say(f"Clean text: {out / 'documents'}. Report: {out / 'report.html'}")
+    say(f"Clean text: {out / 'documents'}. Report: {out / 'report.html'}")

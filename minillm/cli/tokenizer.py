@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from minillm.base.errors import MiniLLMError
-from minillm.cli.parsing import _parse
+from minillm.cli.parsing import parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def _tokenizer(argv: Sequence[str]) -> int:
         text = "minillm tokenizer train | encode | decode    (each with --help)"
         print(text if wanted else f"minillm: error: {text}", file=sys.stdout if wanted else sys.stderr)
         return 0 if wanted else 2
-    args: Any = _parse(commands[argv[0]], prog=f"minillm tokenizer {argv[0]}", args=list(argv[1:]))
+    args: Any = parse(commands[argv[0]], prog=f"minillm tokenizer {argv[0]}", args=list(argv[1:]))
     if argv[0] == "train":
         return _tokenizer_train(args)
     tokenizer = _load_tokenizer(args.tokenizer)
