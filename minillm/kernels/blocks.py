@@ -1,5 +1,10 @@
 """Attention by blocks of queries on a CPU, forward and backward."""
 
+# A block of queries at a time, with some heads and rows of the batch, so few that their weights fit into the processor's
+# cache; plain matrix products do the work, and under a causal mask the keys after the block are never touched. The scores
+# stay exact: products of 16-bit queries and keys round only what comes in. Weights are at most 1, and what they go into are
+# sums: those products take 16 bits in and out. For the gradient the weights are computed a second time.
+
 import contextlib
 import math
 from collections.abc import Iterator

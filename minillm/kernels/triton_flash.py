@@ -4,6 +4,8 @@
 # `operators.triton_kernels` imports it when a kernel is first asked for. A program is one run of a kernel: it owns a tile of
 # queries (or of keys) of one head and walks over the tiles of the other side. Scores are in units of log2, since 2^x is what
 # the hardware computes: log2(e) is folded into the scale, and taken back from the gradients.
+# pyright: reportGeneralTypeIssues=false
+# (Triton types a call of one kernel from another as one that never returns.)
 
 import math
 from typing import Any, NamedTuple
