@@ -23,23 +23,18 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file for writing that appears under its name only when it is complete and on disk.
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """An empty file to be written by path, which takes its name only when what was written is on disk.
 
-    A crash, a full disk or an exception leaves the old file, or none, and no partial one.
-
-    Args:
-        path: the file; its folder is created.
-        mode: "w" for UTF-8 text with \\n line ends, "wb" for bytes.
+    A crash, a full disk or an exception leaves the old file, or none, and no partial one. The folder is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    os.close(handle)
     try:
-        with os.fdopen(handle, mode, **options) as file:
-            yield file
-            file.flush()
+        yield Path(partial)
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
@@ -48,6 +43,19 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
         raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file for writing that appears under its name only when it is complete and on disk; see `atomic_path`.
+
+    Args:
+        path: the file; its folder is created.
+        mode: "w" for UTF-8 text with \\n line ends, "wb" for bytes.
+    """
+    options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    with atomic_path(path) as partial, open(partial, mode, **options) as file:
+        yield file
 
 
 @contextlib.contextmanager

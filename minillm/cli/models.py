@@ -178,6 +178,7 @@ def _info(argv: Sequence[str]) -> int:
         return _info_attention(argv)
     args = parse(InfoArgs, prog="minillm info", args=list(argv))
     from minillm.transformer import count_parameters, flops_per_token, kv_cache_bytes
+    from minillm.zero import state_bytes
 
     if args.batch_size < 1 or (args.seq_len is not None and args.seq_len < 1):
         raise ValueError(
@@ -204,7 +205,9 @@ def _info(argv: Sequence[str]) -> int:
     print("memory")
     for bits in (32, 16, 8, 4):
         print(f"  weights, {bits:2} bit {_size(count.total * bits / 8):>20}")
-    print(f"  training in mixed precision, 16 bytes a parameter: {_size(16 * count.total)}, and activations")
+    states = state_bytes(count.total, stage=0, world_size=1).total
+    each = f"{states / count.total:g} bytes a parameter"
+    print(f"  training in mixed precision, {each}: {_size(states)}, and activations")
     cache = kv_cache_bytes(model, batch_size=args.batch_size, n_tokens=seq_len)
     print(f"  KV cache, 16 bit, {args.batch_size} x {seq_len:,} tokens: {_size(cache)}")
     print("compute")

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, safetensors with checksums, numbered checkpoints."""
+"""The numbered checkpoints of a run: tensors in groups, state, and a manifest of checksums; written by one process or by many."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""Tensors in safetensors files, with checksums, whole or not there."""
+"""Named tensors in safetensors files, which are whole or not there."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minillm.base.errors import CheckpointError
-from minillm.base.files import _sync_folder, _umask
+from minillm.base.files import atomic_path
 
 
 def save_tensors(
@@ -27,28 +24,16 @@ def save_tensors(
     Raises:
         CheckpointError: the file cannot be written; a full disk, most often.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
     try:
-        plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(plain, partial, metadata=dict(metadata or {}))
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        if isinstance(error, SafetensorError):
-            raise CheckpointError(f"{path}: cannot be written ({error})") from error
-        raise
+        with atomic_path(path) as partial:
+            plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(plain, partial, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file. On the CPU its tensors are views of the file: nothing is read until it is used.
 
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
