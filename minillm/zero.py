@@ -622,7 +622,7 @@ def collect_whole(engine: DataParallel) -> dict[str, dict[str, Tensor]]:
 
 # %% ../chapters/18_zero.ipynb #9600c9be
 def collect_shards(engine: DataParallel) -> dict[str, dict[str, Tensor]]:
-    """Our part of `Engine.tensors`, without talking to anyone: keys by `checkpoint.shard_key`."""
+    """Our part of `Engine.tensors`, without talking to anyone: keys by `storage.checkpoints.shard_key`."""
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     trained = {id(p) for unit in engine.units for p in unit.ends}
     if engine.rank == 0:

@@ -1,9 +1,11 @@
 """Figures: drawn diagrams."""
 
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 
 import pytest
 
+from minillm.show import plot, run
 from minillm.show.diagram import Diagram
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -36,3 +38,36 @@ def test_an_arrow_runs_between_the_sides_that_face_each_other(to, line):
     start, end = picture.box(100, 100, "from", width=100), picture.box(*to, "to", width=100)
     picture.arrow(start, end, "label")
     assert lines_of(picture) == [line]
+
+
+def test_a_report_escapes_what_it_shows_and_stands_alone(tmp_path):
+    metrics = [
+        {"step": i, "tokens": 10 * i, "loss_nats": 5 / i, "lr": 1e-3, "tokens_per_s": 9.0}
+        for i in range(1, 4)
+    ]
+    run.write_report(
+        tmp_path / "r.html",
+        title="<b>",
+        summary=[("a", "1 < 2")],
+        scores=[{"name": "s", "n": 4, "correct": 1, "accuracy": 0.25}],
+        samples=[("what", "<script>alert(1)</script>", "从前")],
+        metrics=metrics,
+        stages=[("corpus", "x", 1.0)],
+        config={"k": "</pre>"},
+        machine={"cpu": "c"},
+    )
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "1 of 4" in page
+    assert "从前" in page
+
+
+def test_labels_of_lines_do_not_touch():
+    fig, ax = plot.figure("t", x="x (m)", y="y (m)")
+    for i in range(3):
+        ax.plot([0, 1], [0, 1 + 1e-3 * i], label=str(i))
+    plot.label_lines(ax, min_gap=11.0)
+    heights = sorted(text.xyann[1] + ax.transData.transform(text.xy)[1] * 72 / fig.dpi for text in ax.texts)
+    assert all(b - a > 10.9 for a, b in pairwise(heights))
+    assert plot.svg(fig).startswith("<svg")

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import train as training
 from minillm.base.errors import CheckpointError, Interrupted, TrainingDiverged
-from minillm.base.machine import peak_flops
 from minillm.batches import IGNORE, Loader, make_batch
 from minillm.check import check, laws
 from minillm.runs import keeper
@@ -37,7 +36,6 @@ from minillm.train import (
     evaluate_loss,
     learning_rate,
     linear_cross_entropy,
-    model_flops_utilization,
     parameter_groups,
     train,
 )
@@ -858,24 +856,7 @@ def test_training_works_outside_the_main_thread(data):
     assert results == [2]
 
 
-# ---------------------------------------------------------------- the machine
-
-
-def test_the_peak_is_that_of_the_data_sheet_or_measured(monkeypatch):
-    for name, peak in (
-        ("NVIDIA H100 80GB HBM3", 989.4e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989.4e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA L4", 121e12),
-    ):
-        peak_flops.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops("bfloat16", "cuda") == peak
-    peak_flops.cache_clear()
-    assert 1e8 < peak_flops("float32", "cpu") < 1e15
-    assert model_flops_utilization(100.0, 5e9, 1e12) == pytest.approx(0.5)
+# ---------------------------------------------------------------- compiling, and other engines
 
 
 def test_only_long_runs_are_compiled(monkeypatch):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +17,6 @@ import zero_workers as workers
 from zero_workers import CONFIG, SHAPE, STAGES
 
 from minillm import zero
-from minillm.base import machine
 from minillm.base.errors import CheckpointError, WorkersFailed
 from minillm.base.processes import run_processes
 from minillm.check import check, laws
@@ -372,38 +370,6 @@ def test_deepspeed_is_told_everything():
 
 
 @pytest.mark.distributed
-def test_run_processes_returns_what_each_process_returned():
-    found = run_processes(workers.introduce, 3, "word", number=5)
-    assert [(rank, world, threads) for rank, world, _, threads, _, _ in found] == [
-        (0, 3, 1),
-        (1, 3, 1),
-        (2, 3, 1),
-    ]
-    assert len({pid for _, _, pid, *_ in found} | {os.getpid()}) == 4
-    assert all((args, options) == (("word",), {"number": 5}) for *_, args, options in found)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("function", "said"),
-    [
-        (workers.fail, r"process 1: .*ArithmeticError: seven is not a number here"),
-        (workers.die, r"process 1: ended with exit code -9"),
-        (workers.hang, r"process 0: .*PeerLost: process 0 has lost another process"),
-    ],
-)
-def test_a_process_that_fails_is_named_and_nobody_waits_for_it(function, said):
-    start = time.monotonic()
-    with pytest.raises(WorkersFailed) as caught:
-        run_processes(function, 2, 1, timeout_s=4.0)
-    assert re.search(said, str(caught.value), re.DOTALL)
-    assert time.monotonic() - start < 30
-    for process in multiprocessing.active_children():  # none may be left running
-        process.join(5.0)
-        assert not process.is_alive()
-
-
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_ring_sums_like_torch_and_sends_no_more_than_it_must(world_size):
     n = 12 * world_size
@@ -620,26 +586,6 @@ def test_stage_3_has_two_blocks_at_a_time_and_none_between_steps(data):
         assert looks == 10
         assert most == 2
         assert left == 0
-
-
-def test_held_bytes_counts_every_memory_once():
-    weight = torch.nn.Parameter(torch.zeros(10))
-    weight.grad = torch.zeros(10)
-    layer = torch.nn.Linear(2, 2, bias=False)
-    assert machine.held_bytes(weight) == 80
-    assert machine.held_bytes(weight, weight.data[3:], {"again": [weight]}) == 80
-    assert machine.held_bytes(layer, {"more": torch.zeros(3, dtype=torch.float64)}) == 16 + 24
-    assert machine.held_bytes(torch.zeros(9, device="meta"), None, "word") == 0
-
-
-def test_held_bytes_without_roots_finds_what_nobody_named():
-    before = machine.held_bytes()
-    hidden = torch.nn.Linear(100, 10, bias=False).requires_grad_()  # 4000 bytes, as many of gradient, and 400
-    hidden(torch.ones(100)).sum().backward()
-    function = (lambda kept: lambda: kept)(torch.zeros(100))
-    assert machine.held_bytes() - before == 2 * 4000 + 400
-    del hidden, function
-    assert machine.held_bytes() == before
 
 
 @pytest.mark.distributed
