@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this tree, not an insta
 
 import torch
 
-from minillm.attention import Mask, attend, attend_by_block
+from minillm.attention import Mask, attend
 from minillm.batches import Loader
 from minillm.corpus import Document, dice
 from minillm.detect import machine_detector
 from minillm.extract import decode_page, extract_density
 from minillm.filter import identify_ngram, measure
-from minillm.flash import attend_fast, attend_naive, attend_tiled
+from minillm.flash import attend_by_block, attend_fast, attend_naive, attend_tiled
 from minillm.generate import (
     Sampler,
     Session,
