@@ -4,9 +4,9 @@
 __all__ = [
     "PII_RULES",
     "KIND",
-    "Span",
     "luhn_valid",
     "identity_check",
+    "Span",
     "PiiRule",
     "find_pii",
     "redact",
@@ -19,14 +19,17 @@ __all__ = [
     "toxic_examples",
     "toxicity_classifier",
     "Toxicity",
+    "false_alarm_rates",
+    "swap_gap",
 ]
 
-# %% ../chapters/05_harm.ipynb #5e07f3b8
+# %% ../chapters/05_harm.ipynb #6ca06697
+import ipaddress
 import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -39,17 +42,6 @@ from .extract import Drop
 from .world.defects import plant_toxic
 from .world.stream import documents
 from .world.task import CorpusConfig
-
-
-# %% ../chapters/05_harm.ipynb #72759382
-@dataclass(frozen=True, slots=True, order=True)
-class Span:
-    """A piece of personal data: the characters [start, end), its kind, and how sure the finder is, from 0 to 1. Chapter 02."""
-
-    start: int
-    end: int
-    kind: str
-    score: float
 
 
 # %% ../chapters/05_harm.ipynb #dc1634ec
@@ -72,6 +64,27 @@ def identity_check(number: str) -> str:
     return "0123456789X"[(12 - total) % 11]
 
 
+# %% ../chapters/05_harm.ipynb #5ab222a1
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """A piece of personal data: the characters [start, end), its kind, and how sure the finder is, from 0 to 1. Chapter 05."""
+
+    start: int
+    end: int
+    kind: str
+    score: float
+
+
+# %% ../chapters/05_harm.ipynb #ce66bcae
+@dataclass(frozen=True, slots=True)
+class PiiRule:
+    """A kind of personal data: a pattern that finds candidates in linear time, and a judge that scores them. Chapter 05."""
+
+    kind: str
+    pattern: re.Pattern[str]
+    judge: Callable[[str], float]
+
+
 # %% ../chapters/05_harm.ipynb #53a536c2
 def _identity(found: str) -> float:
     year, month, day = int(found[6:10]), int(found[10:12]), int(found[12:14])
@@ -90,8 +103,6 @@ def _card(found: str) -> float:
 
 # %% ../chapters/05_harm.ipynb #73a03dad
 def _ip(found: str) -> float:
-    import ipaddress
-
     try:
         ipaddress.ip_address(found)
     except ValueError:
@@ -105,17 +116,6 @@ def _sure(found: str) -> float:
 
 
 # %% ../chapters/05_harm.ipynb #33de75f6
-@dataclass(frozen=True, slots=True)
-class PiiRule:
-    """A kind of personal data: a pattern that finds candidates in linear time, and a judge that scores them. Chapter 02."""
-
-    kind: str
-    pattern: re.Pattern[str]
-    judge: Callable[[str], float]
-
-
-# ASCII lookarounds: \b and \w take a Chinese character for a letter, and miss what follows one without a blank. Every
-# repetition has a bound, and a lookbehind lets each run of characters be tried once: time grows as the text.
 PII_RULES = (
     PiiRule(
         "email",
@@ -212,10 +212,10 @@ def moved_answers(answers: Sequence[Sequence[Any]], spans: Sequence[Span]) -> li
     return moved
 
 
-# %% ../chapters/05_harm.ipynb #64a912f4
+# %% ../chapters/05_harm.ipynb #9b035495
 @dataclass(frozen=True, kw_only=True)
 class RedactPII:
-    """Put the kind of thing in place of personal data; `meta["redacted"]` counts them. Chapter 02.
+    """Put the kind of thing in place of personal data; `meta["redacted"]` counts them. Chapter 05.
 
     Args:
         find: text to spans; `find_pii`, or a `PresidioFinder`.
@@ -268,10 +268,10 @@ def toxicity_features(sentence: str, dim: int = 1 << 16) -> SparseRow:
     return places, [1 / math.sqrt(len(places) or 1)] * len(places)
 
 
-# %% ../chapters/05_harm.ipynb #5304a276
+# %% ../chapters/05_harm.ipynb #201a29ce
 @dataclass(frozen=True, kw_only=True)
 class ToxicityClassifier:
-    """The chance that the worst sentence of a text is an insult: hashed n-grams and logistic regression. Chapter 02."""
+    """The chance that the worst sentence of a text is an insult: hashed n-grams and logistic regression. Chapter 05."""
 
     weights: np.ndarray
     bias: float
@@ -356,14 +356,15 @@ def toxic_examples(n: int, seed: int, kind: int = 4) -> tuple[list[str], list[fl
     for number in range(n):
         r = dice("toxic", seed, number)
         text, lang, truth = plant_toxic(config, 0, r, 0)
-        for line, last in ((line, line is lines[-1]) for lines in [text.split("\n")] for line in lines):
+        for line in (lines := text.split("\n")):
             parts = [part for part in sentences_of(line) if part.strip()]
+            insulting = truth["toxic"] and line is lines[-1]
+            insults = [part for part in parts if insulting and truth["word"] in part]
             texts += parts
-            labels += [float(last and truth["toxic"] and truth["word"] in part) for part in parts]
-            for part in parts:
-                if last and truth["toxic"] and truth["word"] in part:
-                    texts += [part.replace(truth["word"], word) for word in pick_some(r, KIND[lang], kind)]
-                    labels += [0.0] * kind
+            labels += [float(part in insults) for part in parts]
+            for part in insults:
+                texts += [part.replace(truth["word"], word) for word in pick_some(r, KIND[lang], kind)]
+                labels += [0.0] * kind
     return texts, labels
 
 
@@ -384,10 +385,10 @@ def toxicity_classifier() -> ToxicityClassifier:
     return train_toxicity([*texts, *clean], [*labels, *[0.0] * len(clean)])
 
 
-# %% ../chapters/05_harm.ipynb #e1ceaec9
+# %% ../chapters/05_harm.ipynb #2b87448f
 @dataclass(frozen=True, kw_only=True)
 class Toxicity:
-    """Drop documents with a toxic sentence. Chapter 02.
+    """Drop documents with a toxic sentence. Chapter 05.
 
     Args:
         scorer: text to probability; None for `toxicity_classifier`, which knows the corpus's nonce words only.
@@ -403,3 +404,29 @@ class Toxicity:
         if score >= self.threshold:
             return Drop("toxic", f"{score:.3f}, below {self.threshold:g}")
         return document
+
+
+# %% ../chapters/05_harm.ipynb #3e90f892
+def false_alarm_rates(
+    scorer: Callable[[str], float], groups: Mapping[str, Sequence[str]], threshold: float = 0.5
+) -> dict[str, float]:
+    """For each group of harmless texts the share that a filter would drop. A filter is biased where these differ.
+
+    Source: equality of false-positive rates, Dixon et al. 2018, "Measuring and mitigating unintended bias in text
+    classification", section 5.2.
+    """
+    if empty := [name for name, texts in groups.items() if not texts]:
+        raise ValueError(f"group {empty[0]!r} has no text: a rate needs at least one")
+    return {
+        name: sum(scorer(text) >= threshold for text in texts) / len(texts) for name, texts in groups.items()
+    }
+
+
+# %% ../chapters/05_harm.ipynb #fa1902bb
+def swap_gap(scorer: Callable[[str], float], sentence: str, words: Sequence[str]) -> float:
+    """The largest difference of score that it makes which of `words` stands at the `{}` of a sentence; 0 in a fair filter.
+
+    Source: counterfactual token fairness, Garg et al. 2019, arXiv:1809.10610.
+    """
+    scores = [scorer(sentence.replace("{}", word)) for word in words]
+    return max(scores) - min(scores)

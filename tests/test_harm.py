@@ -12,14 +12,19 @@ from minillm.extract import Drop
 from minillm.harm import (
     KIND,
     RedactPII,
+    Span,
     Toxicity,
+    false_alarm_rates,
     find_pii,
     identity_check,
     luhn_valid,
+    moved_answers,
     span_scores,
+    swap_gap,
     toxic_examples,
     toxicity_classifier,
     toxicity_features,
+    train_toxicity,
 )
 from minillm.world.defects import TOXIC
 
@@ -28,7 +33,16 @@ def emails(pattern):
     return lambda text: [found.span() for found in re.finditer(pattern, text)]
 
 
+def moved(answer, spans):
+    """`moved_answers` for one answer, with kinds whose names have the length asked for."""
+    made = [Span(start, end, "k" * (n - 2), 1.0) for start, end, n in spans]
+    return next(((start, end) for start, end in moved_answers([answer], made)), None)
+
+
 SOLUTIONS = {
+    "harm.luhn_valid": luhn_valid,
+    "harm.moved": moved,
+    "harm.swap_gap": swap_gap,
     "harm.identity_check": identity_check,
     "harm.find_email": lambda text: [(s.start, s.end) for s in find_pii(text) if s.kind == "email"],
 }
@@ -49,6 +63,28 @@ def test_the_package_obeys_its_laws(exercise, law):
             "harm.identity_check",
             lambda n: "0123456789X"[(12 - sum(int(d) * 2 ** (len(n) - k) for k, d in enumerate(n))) % 11],
             "reads only the first 17 characters",
+        ),
+        (
+            "harm.luhn_valid",
+            lambda n: sum(int(d) * (1 + k % 2) for k, d in enumerate(reversed(n))) % 10 == 0,
+            "the example of ISO/IEC 7812-1",
+        ),
+        (
+            "harm.moved",
+            lambda answer, spans: moved(answer, spans[:1]),
+            "the text at the new place is the old one",
+        ),
+        (
+            "harm.moved",
+            lambda answer, spans: moved(answer, [s for s in spans if s[1] <= answer[0]]),
+            "what lost a character is gone",
+        ),
+        (
+            "harm.swap_gap",
+            lambda scorer, sentence, words: (
+                scorer(sentence.format(words[-1])) - scorer(sentence.format(words[0]))
+            ),
+            "the largest difference, in any order",
         ),
         (
             "harm.find_email",
@@ -194,3 +230,21 @@ def test_hashed_features_do_not_depend_on_the_process():
 
     expected = {"you", "are", "you are", "are 你", "你 这", "这 个", "你这", "这个", "你这个"}
     assert set(places) == {zlib.crc32(gram.encode()) % 65536 for gram in expected}
+
+
+def test_false_alarm_rates_count_harmless_texts_by_group():
+    scorer = lambda text: 0.5 * ("b" in text)  # noqa: E731
+    assert false_alarm_rates(scorer, {"x": ["a", "b"], "y": ["a"]}) == {"x": 0.5, "y": 0.0}
+    assert false_alarm_rates(scorer, {"x": ["a", "b"]}, threshold=0.6) == {"x": 0.0}
+    with pytest.raises(ValueError, match="group 'y' has no text"):
+        false_alarm_rates(scorer, {"x": ["a"], "y": []})
+
+
+def test_a_name_that_is_only_insulted_is_held_against_those_who_bear_it():
+    insults = [f"You are a grob{n}, you Velmar!" for n in range(40)] + [
+        f"You are a grob{n}!" for n in range(40)
+    ]
+    harmless = [f"You are a dear{n}!" for n in range(80)] + ["You are a dear, you Ossin!"]
+    scorer = train_toxicity([*insults, *harmless], [1.0] * len(insults) + [0.0] * len(harmless)).sentence
+    assert swap_gap(scorer, "You are a {}!", ["Velmar", "Ossin"]) > 0.2
+    assert scorer("You are a Velmar!") > scorer("You are a Ossin!")

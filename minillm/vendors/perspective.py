@@ -24,7 +24,7 @@ _TURN = threading.Lock()
 
 
 class PerspectiveClient:
-    """Google's Perspective API as a scorer: text to the probability of an attribute. Chapter 02.
+    """Google's Perspective API as a scorer: text to the probability of an attribute. Chapter 05.
 
     Waits its turn (`queries_per_second`), tries again after 429, 5xx, a timeout or a broken connection with doubling waits, or
     as long as the server asks. A longer text is asked about in pieces, and its worst piece counts.

@@ -45,7 +45,7 @@ PRESIDIO_KINDS = {
 
 
 class PresidioFinder:
-    """Presidio: with its own recognisers for e-mail, IP, card and phone, or with `PII_RULES` for the first two and beside the others. Chapter 02.
+    """Presidio: with its own recognisers for e-mail, IP, card and phone, or with `PII_RULES` for the first two and beside the others. Chapter 05.
 
     Out of the box it downloads a language model and a list of domains; here it does without, and so finds no names.
 
