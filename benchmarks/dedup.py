@@ -34,7 +34,7 @@ from minillm.world.stream import documents
 from minillm.world.task import CorpusConfig
 
 RESULTS = Path(__file__).parent.parent / "data" / "results" / "dedup-speed.json"
-THRESHOLD, SHINGLE, N_PERM = 0.8, 5, 128
+THRESHOLD, SHINGLE, N_PERM, RECALL = 0.8, 5, 128, 0.999
 ONE_CORE = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 BANDS = (21, 6)  # for 128 numbers: a pair at 0.8 is a candidate with probability 0.998, one at 0.9 surely
 
@@ -88,13 +88,13 @@ def similar(a: set[str], b: set[str]) -> bool:
 
 def ours(texts: list[str]) -> set[int]:
     """minillm: sketches, then pairs near the threshold compared exactly."""
-    found = find_near_duplicates(texts, NearDuplicates(threshold=THRESHOLD, shingle=SHINGLE))
+    found = find_near_duplicates(texts, NearDuplicates(threshold=THRESHOLD, shingle=SHINGLE, recall=RECALL))
     return {number for number, first in enumerate(found) if first is not None}
 
 
 def ours_sketches(texts: list[str]) -> set[int]:
     """minillm as a step of the pipeline: decides from the sketches alone."""
-    step = NearDuplicates(threshold=THRESHOLD, shingle=SHINGLE)
+    step = NearDuplicates(threshold=THRESHOLD, shingle=SHINGLE, recall=RECALL)
     found = step.resolve(step.sketch_batch(texts))
     return {number for number, first in enumerate(found) if first is not None}
 

@@ -6,8 +6,6 @@ __all__ = [
     "WORD",
     "EMPTY",
     "BATCH_CHARS",
-    "GRAM_FACTOR",
-    "GRAM_INVERSE",
     "CorpusStep",
     "fold_map",
     "fold_text",
@@ -642,8 +640,8 @@ def word_spans(text: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 # %% ../chapters/06_dedup.ipynb #7a78d1a1
-GRAM_FACTOR = 0x9E3779B97F4A7C15
-GRAM_INVERSE = pow(GRAM_FACTOR, -1, 1 << 64)
+_GRAM_FACTOR = 0x9E3779B97F4A7C15
+_GRAM_INVERSE = pow(_GRAM_FACTOR, -1, 1 << 64)
 
 
 def gram_hashes(words: Sequence[str], lengths: Iterable[int]) -> dict[int, np.ndarray]:
@@ -655,7 +653,7 @@ def gram_hashes(words: Sequence[str], lengths: Iterable[int]) -> dict[int, np.nd
     units = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
     rising, falling = (
         np.multiply.accumulate(np.full(len(words), factor, np.uint64))
-        for factor in (GRAM_FACTOR, GRAM_INVERSE)
+        for factor in (_GRAM_FACTOR, _GRAM_INVERSE)
     )
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(units * rising, dtype=np.uint64)])
     return {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minillm import dedup
 from minillm.check import check, laws
-from minillm.corpus import Document, jaccard, shingles
+from minillm.corpus import Document, jaccard, sentences_of, shingles
 from minillm.extract import Drop
 from minillm.world.defects import benchmark_item
 from minillm.world.documents import clean_document
@@ -516,12 +516,12 @@ def test_wrong_settings_are_refused(options, message):
 @QUICK
 @given(st.text(st.sampled_from('ab .!?。！”"\n'), max_size=40))
 def test_sentences_join_to_the_text(text):
-    assert "".join(corpus.sentences_of(text)) == text
+    assert "".join(sentences_of(text)) == text
 
 
 def test_sentences_of_both_languages():
     text = 'It cost 3.50. "Why?" she asked! 他说：“好。”然后走了。\nEnd'
-    assert [s.strip() for s in corpus.sentences_of(text)] == [
+    assert [s.strip() for s in sentences_of(text)] == [
         "It cost 3.50.",
         '"Why?"',
         "she asked!",
@@ -540,7 +540,7 @@ def test_each_sentence_stays_so_many_times(max_copies):
         dedup.fold_text(s)
         for result in results
         if isinstance(result, Document)
-        for s in corpus.sentences_of(result.text)
+        for s in sentences_of(result.text)
     )
     assert kept["read our terms."] == min(max_copies, 7)
     assert kept["one fish swam away."] == min(max_copies, 3)
@@ -551,7 +551,7 @@ def test_each_sentence_stays_so_many_times(max_copies):
 
 
 def test_repeated_sentences_keep_the_first_in_order():
-    step = dedup.RepeatedSentences(min_chars=0)
+    step = dedup.RepeatedSentences(max_copies=1, min_chars=0)
     results = run_step(step, [Document("The sky is blue. A."), Document("B. The sky is blue.")])
     assert [r.text for r in results] == ["The sky is blue. A.", "B."]
 
@@ -676,7 +676,7 @@ def test_planted_leaks_are_all_found(corpus):
 def test_any_text_can_be_checked_and_split(text):
     step = dedup.Decontaminate([ITEM])
     assert step(Document(text)) == Document(text)
-    run_step(dedup.RepeatedSentences(min_chars=0), [Document(text), Document(text)])
+    run_step(dedup.RepeatedSentences(max_copies=1, min_chars=0), [Document(text), Document(text)])
     run_step(dedup.ExactDuplicates(), [Document(text)])
 
 
