@@ -17,7 +17,7 @@ from minillm.corpus import Document
 from minillm.extract import Drop
 from minillm.pipeline.phases import FailurePolicy, is_corpus_step, plan
 from minillm.pipeline.sources import read_sources
-from minillm.pipeline.work import as_json, each, pack, unpack
+from minillm.pipeline.work import as_json, each, pack_sketches, unpack_sketches
 from minillm.readers.documents import FIELDS, record_of
 from minillm.readers.files import ReadStats, find_files
 
@@ -173,7 +173,7 @@ class SketchBlock(PipelineStep):
                         sketches += [np.asarray(self.step.sketch(document)) for document in documents]
                 yield from batch
             with self.folder.open(f"{part}.npy", "wb") as file:
-                file.write(pack(sketches))
+                file.write(pack_sketches(sketches))
 
 
 class ResolveBlock(PipelineStep):
@@ -195,7 +195,7 @@ class ResolveBlock(PipelineStep):
         def sketches() -> Iterator[np.ndarray]:
             for name in sorted(self.sketches.list_files(glob_pattern="*.npy")):
                 with self.sketches.open(name, "rb") as file:
-                    unpacked = unpack(io.BytesIO(file.read()))
+                    unpacked = unpack_sketches(io.BytesIO(file.read()))
                 sizes[name] = len(unpacked)
                 yield from unpacked
 

@@ -26,7 +26,7 @@ from minillm.base.processes import Crew
 from minillm.pipeline.accounts import Account
 from minillm.pipeline.phases import FailurePolicy, describe, plan
 from minillm.pipeline.sources import read_sources, state_of_sources
-from minillm.pipeline.work import ChunkWork, as_json, chunks_of, unpack
+from minillm.pipeline.work import ChunkWork, as_json, chunks_of, unpack_sketches
 from minillm.readers.files import ReadStats
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class CleanFolder:
         def sketches() -> Iterator[np.ndarray]:
             for chunk in range(self.manifest["read"]["chunks"]):
                 with open(work.place(number - 1, chunk, "sketches.npy"), "rb") as file:
-                    unpacked = unpack(file)
+                    unpacked = unpack_sketches(file)
                 sizes.append(len(unpacked))
                 yield from unpacked
 
@@ -238,9 +238,8 @@ class CleanFolder:
 
     def finish(self, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Balance the books, write what was dropped and the report, and throw the work folder away."""
-        from minillm.show.cleaning import (
-            write_clean_report,
-        )  # with all of matplotlib, which only this moment needs
+        # All of matplotlib comes with it, which no worker and no error needs.
+        from minillm.show.cleaning import write_clean_report
 
         read, accounts, folder = self.manifest["read"], self.accounts(), self.work.folder
         if not read["documents"]:

@@ -132,7 +132,7 @@ def chunks_of(documents: Iterator[Document], n: int) -> Iterator[list[Document]]
         yield chunk
 
 
-def pack(sketches: list[np.ndarray]) -> bytes:
+def pack_sketches(sketches: list[np.ndarray]) -> bytes:
     """Sketches as bytes: their lengths, then their numbers. All are flat and of one dtype, but an empty one may be of any."""
     dtypes = {sketch.dtype for sketch in sketches if sketch.size}
     assert len(dtypes) <= 1, dtypes
@@ -143,8 +143,8 @@ def pack(sketches: list[np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(file: Any) -> list[np.ndarray]:
-    """The sketches that `pack` packed."""
+def unpack_sketches(file: Any) -> list[np.ndarray]:
+    """The sketches that `pack_sketches` packed."""
     sizes, numbers = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
     return np.split(numbers, np.cumsum(sizes)[:-1]) if len(sizes) else []
 
@@ -317,7 +317,7 @@ class ChunkWork:
             with atomic_write(self.place(number, chunk, "documents.tsv"), "wb") as file:
                 file.writelines(parcel.line() for parcel in parcels)
             with atomic_write(self.place(number, chunk, "sketches.npy"), "wb") as file:
-                file.write(pack(sketches))
+                file.write(pack_sketches(sketches))
         elif parcels:
             self._pack(self.output(chunk), (parcel.written() for parcel in parcels))
         with atomic_write(self.place(number, chunk, "account.json")) as file:

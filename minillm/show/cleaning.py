@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.show import plot
-from minillm.show.page import _grid, _table, _write_page
+from minillm.show.page import grid, table, save_page
 
 
 def _percent(part: int | float, whole: int | float) -> str:
@@ -45,7 +45,7 @@ def truth_table(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Each step of a cleaning report beside the planted truth: what it should have found, what it found, and what else.
 
     Args:
-        result: what `clean.clean` returns.
+        result: what `pipeline.run.clean` returns.
 
     Returns:
         One record for each step that looks for a planted defect: `step`, `planted` (of those that reached it), `caught`,
@@ -94,7 +94,7 @@ def _truth_parts(result: dict[str, Any]) -> list[str]:
         "<h2>Against the truth</h2><p class=soft>The corpus knows what is wrong with its documents. To find: documents with what "
         "a step looks for, among those that reached it: planted, or repeated by the corpus itself. Caught: dropped or changed by "
         "it. The last two columns are what it acted on besides: documents with something else, and sound ones.</p>",
-        _grid(head, rows),
+        grid(head, rows),
     ]
     restored = [
         [
@@ -108,7 +108,7 @@ def _truth_parts(result: dict[str, Any]) -> list[str]:
     if restored:
         parts.append(
             "<p class=soft>Texts that a step changed and whose clean form is known: F1 of their words against it.</p>"
-            + _grid(["step", "texts", "F1 before", "F1 after"], restored)
+            + grid(["step", "texts", "F1 before", "F1 after"], restored)
         )
     spans = [
         [html.escape(kind), f"{n:,}", f"{gone:,}", _percent(gone, n)]
@@ -118,7 +118,7 @@ def _truth_parts(result: dict[str, Any]) -> list[str]:
     if spans:
         parts.append(
             "<p class=soft>Personal data in the documents that were changed, by kind.</p>"
-            + _grid(["kind", "planted", "gone", ""], spans)
+            + grid(["kind", "planted", "gone", ""], spans)
         )
     return [*parts, _fates(result)]
 
@@ -146,7 +146,7 @@ def _fates(result: dict[str, Any]) -> str:
     names = [html.escape(step["name"]) for step in steps]
     return (
         "<p class=soft>What became of them: percent dropped at each step (<i>changed</i> in italics), and percent that is left."
-        "</p>" + _grid(["what it is", "n", *names, "left"], rows, kind="wide tight")
+        "</p>" + grid(["what it is", "n", *names, "left"], rows, kind="wide tight")
     )
 
 
@@ -179,7 +179,7 @@ def write_clean_report(path: str | Path, result: dict[str, Any]) -> None:
 
     Args:
         path: the HTML file.
-        result: what `clean.clean` returns.
+        result: what `pipeline.run.clean` returns.
     """
     balance, steps, read = result["balance"], result["steps"], result["read"]
     title = "minillm clean: " + ", ".join(result["config"]["sources"])
@@ -187,7 +187,7 @@ def write_clean_report(path: str | Path, result: dict[str, Any]) -> None:
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         "<p class=soft>A report of minillm. What went in is what came out, was dropped, or could not be read; the books balance.</p>",
-        _table(
+        table(
             [
                 ("records met", f"{balance['in']:,}"),
                 (
@@ -221,7 +221,7 @@ def write_clean_report(path: str | Path, result: dict[str, Any]) -> None:
         head = ["step", "in", "dropped", "changed", "out", "words in", "words out", "documents/s"]
         parts += [
             f"<h2>Step by step</h2><div class=figure>{_remaining_figure(result)}</div>",
-            _grid(head, rows),
+            grid(head, rows),
             "<p class=soft>Words are words and Han characters. Documents/s are of one core, inside the step.</p>",
             *_truth_parts(result),
             *_sample_parts(result),
@@ -231,12 +231,12 @@ def write_clean_report(path: str | Path, result: dict[str, Any]) -> None:
         rows = [[html.escape(reason), f"{n:,}"] for reason, n in sorted(read["skipped"].items())]
         parts += [
             "<h2>What could not be read</h2>",
-            _grid(["reason", "records"], rows),
+            grid(["reason", "records"], rows),
             f"<ul>{problems}</ul>",
         ]
-    parts.append(f"<h2>Machine</h2>{_table([(k, str(v)) for k, v in result['machine'].items()])}")
+    parts.append(f"<h2>Machine</h2>{table([(k, str(v)) for k, v in result['machine'].items()])}")
     parts.append(
         "<details><summary>The whole configuration</summary><pre>"
         f"{html.escape(json.dumps(result['config'], indent=1, ensure_ascii=False))}</pre></details>"
     )
-    _write_page(path, title, parts, kind="broad")
+    save_page(path, title, parts, kind="broad")

@@ -1,4 +1,4 @@
-"""A run's `report.html`: one file with its plots, scores and samples inside, readable anywhere, without a network."""
+"""A page of HTML that is one file: its style, tables and figures are inside, so that it is readable anywhere, without a network."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ details pre { overflow-x: auto; background: var(--tint); padding: .8rem; font-si
 """
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def table(rows: list[tuple[str, str]]) -> str:
+    """A table of names and values, as HTML; what stands in it is escaped."""
     cells = "".join(f"<tr><td>{html.escape(a)}</td><td class=n>{html.escape(b)}</td></tr>" for a, b in rows)
     return f"<div class=wide><table>{cells}</table></div>"
 
 
-def _write_page(path: str | Path, title: str, parts: list[str], *, kind: str = "") -> None:
+def save_page(path: str | Path, title: str, parts: list[str], *, kind: str = "") -> None:
+    """Write parts, which are HTML, as one page, atomically; `kind` "broad" leaves room for wide tables."""
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body class='{kind}'>{''.join(parts)}</body></html>\n"
@@ -41,7 +43,7 @@ def _write_page(path: str | Path, title: str, parts: list[str], *, kind: str = "
         file.write(page)
 
 
-def _grid(head: list[str], rows: list[list[str]], *, words: int = 1, kind: str = "wide") -> str:
+def grid(head: list[str], rows: list[list[str]], *, words: int = 1, kind: str = "wide") -> str:
     """A table with a head; the first `words` columns are words, the others numbers. Cells are HTML."""
     kinds = ["" if i < words else " class=n" for i in range(len(head))]
     top = "".join(f"<th{kind}>{cell}</th>" for kind, cell in zip(kinds, head))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.show import plot
-from minillm.show.page import _table, _write_page
+from minillm.show.page import table, save_page
 
 
 def _loss_figure(metrics: list[dict[str, Any]]) -> str:
@@ -73,7 +73,7 @@ def write_report(
         config: the resolved configuration.
         machine: what `base.machine.describe_machine` says.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", "<p class=soft>A report of minillm.</p>", _table(summary)]
+    parts = [f"<h1>{html.escape(title)}</h1>", "<p class=soft>A report of minillm.</p>", table(summary)]
     if metrics:
         parts += [f"<h2>Training</h2><div class=figure>{_loss_figure(metrics)}</div>"]
         parts += [f"<div class=figure>{_rate_figure(metrics)}</div>"]
@@ -99,9 +99,9 @@ def write_report(
         for name, what, seconds in stages
     )
     parts.append(f"<h2>Where the time went</h2><div class=wide><table>{rows}</table></div>")
-    parts.append(f"<h2>Machine</h2>{_table([(k, str(v)) for k, v in machine.items()])}")
+    parts.append(f"<h2>Machine</h2>{table([(k, str(v)) for k, v in machine.items()])}")
     parts.append(
         "<details><summary>The whole configuration</summary><pre>"
         f"{html.escape(json.dumps(config, indent=1, ensure_ascii=False))}</pre></details>"
     )
-    _write_page(path, title, parts)
+    save_page(path, title, parts)
