@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.show import plot
-from minillm.show.page import grid, table, save_page
+from minillm.show.page import grid, save_page, table
 
 
 def _percent(part: int | float, whole: int | float) -> str:

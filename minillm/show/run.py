@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.show import plot
-from minillm.show.page import table, save_page
+from minillm.show.page import save_page, table
 
 
 def _loss_figure(metrics: list[dict[str, Any]]) -> str:
