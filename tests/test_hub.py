@@ -38,6 +38,7 @@ from minillm.hub import ModelFolder, load_run
 from minillm.hub.own import save_model
 from minillm.hub.published import save_published
 from minillm.hub.tokenizers import chatglm_prompt, glm_plain, glm_text
+from minillm.hub.weights import read_json
 from minillm.tokenizer import SentencePieceTokenizer, TokenizerError, train_bpe
 from minillm.transformer import ModelConfig, Transformer
 from minillm.zoo import read_llama
@@ -214,6 +215,37 @@ def test_meta_s_damaged_files(damage, message, tmp_path):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
+
+
+# One door.
+
+
+def test_a_folder_says_what_it_is_and_its_settings_are_read_once(tmp_path, monkeypatch):
+    plain = sentencepiece_model(tmp_path / "published" / "tokenizer.model", split_digits=True)
+    settings = {**LLAMA, "intermediate_size": 128, "vocab_size": plain.vocab_size()}
+    weights = random_weights(settings)
+    write_folder(tmp_path / "published", weights, settings)
+    slices, params = to_meta(weights, settings, 2)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
+    for i, part in enumerate(slices):
+        torch.save(part, tmp_path / "meta" / f"consolidated.{i:02}.pth")
+    shutil.copy(tmp_path / "published" / "tokenizer.model", tmp_path / "meta")
+    ModelFolder.open(tmp_path / "published").convert(tmp_path / "own")
+    shutil.copytree(tmp_path / "own", tmp_path / "run" / "model")
+    read = []
+    monkeypatch.setattr(
+        "minillm.hub.folder.read_json", lambda path, *more: read.append(path.name) or read_json(path, *more)
+    )
+    for kind in ("published", "meta", "own", "run"):
+        folder = ModelFolder.open(tmp_path / kind)
+        model = folder.model()
+        assert folder.kind == kind
+        assert model.config == folder.config
+        assert torch.equal(model.head.weight, weights["lm_head.weight"])
+        assert folder.tokenizer().decode(folder.tokenizer().encode("the cat")) == "the cat"
+        assert len([name for name in read if name in ("config.json", "params.json")]) == 1, read
+        read.clear()
 
 
 # Our own format.
