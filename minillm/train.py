@@ -602,7 +602,7 @@ def train(
         model: on its device.
         loader: with the batch size and row length of `config`.
         engine: who owns gradients and optimizer; by default this process.
-        keeper: who logs, evaluates, saves and resumes; by default nobody. `runs.keeper.RunKeeper` does.
+        keeper: who logs, evaluates, saves, resumes and compiles as `config` says; by default nobody. `runs.keeper.RunKeeper` does.
         loss_fn: `loss_fn(model, batch, n_targets)`: the sum of a batch's losses divided by `n_targets`.
 
     Raises:

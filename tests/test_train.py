@@ -568,6 +568,17 @@ def test_the_metrics_say_what_happened(data, tmp_path):
     assert (result.steps, result.tokens) == (12, counts[-1])
 
 
+def test_without_a_keeper_every_step_is_remembered_and_nothing_is_written(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone, kept = train(*make(data), CONFIG), quiet(*make(data))
+    assert [line["step"] for line in alone.metrics] == list(range(1, 13))
+    assert [line["loss_nats"] for line in alone.metrics] == pytest.approx(
+        [line["loss_nats"] for line in kept.metrics]
+    )
+    assert (alone.steps, alone.tokens) == (kept.steps, kept.tokens)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_evaluation_does_not_touch_training(data):
     losses = []
     for eval_fn in (
