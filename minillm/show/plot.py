@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey. https://jfly.uni-koeln.de/color/
 COLORS = {
@@ -77,36 +76,6 @@ def figure(title: str, *, x: str, y: str, width: float = 6.0, height: float = 3.
     """One set of axes. `x` and `y` are labels with their unit: "length (tokens)"."""
     fig, axes = panels(title, x=x, y=y, width=width, height=height)
     return fig, axes[0]
-
-
-def drawing(
-    title: str, *, x: tuple[float, float], y: tuple[float, float], width: float = 7.0, height: float = 2.6
-) -> tuple[Figure, Axes]:
-    """An empty sheet with coordinates of its own, for boxes, arrows and words in place of a curve."""
-    fig, ax = figure(title, x="", y="", width=width, height=height)
-    ax.set(xlim=x, ylim=y, xticks=[], yticks=[])
-    ax.grid(visible=False)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    return fig, ax
-
-
-def box(
-    ax: Axes,
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    text: str = "",
-    *,
-    color: str = "grey",
-    **font: Any,
-) -> None:
-    """A filled rectangle with its lower left corner at (x, y) and a text in the middle; `color` is a name of COLORS."""
-    ax.add_patch(
-        Rectangle((x, y), width, height, facecolor=COLORS[color] + "33", edgecolor=COLORS[color], lw=1.2)
-    )
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", **{"fontsize": 9, **font})
 
 
 def label_lines(ax: Axes, *, pad: float = 4.0, min_gap: float = 11.0) -> None:
