@@ -73,7 +73,7 @@ class TrainConfig:
     max_lr: float = 1e-3  # learning rate after the warm-up
     min_lr_ratio: float = 0.1  # the last learning rate, as a share of max_lr
     warmup_steps: int = 50  # steps in which the learning rate rises from 0
-    decay: Decay = "cosine"  # to the end; "linear": constant, then straight down in the last part
+    decay: Decay = "cosine"  # "cosine" to the end; "linear": constant, then straight down in the last part
     decay_fraction: float = 0.3  # that last part, as a share of steps
     weight_decay: float = 0.1  # of matrices; norms, biases and embeddings have none
     betas: tuple[float, float] = (0.9, 0.95)  # how long AdamW's two means remember
@@ -86,7 +86,9 @@ class TrainConfig:
     eval_every: int = 0  # steps between two evaluations; 0 means only at the end
     save_every: int = 500  # steps between two checkpoints; 0 means only at the end
     keep: int = 2  # checkpoints kept
-    bad_step: BadStep = "stop"  # or "skip" the update, when loss or gradient is no number, or leaps
+    bad_step: BadStep = (
+        "stop"  # "stop" the run or "skip" the step when loss or gradient is no number, or leaps
+    )
     spike: float = 0.0  # a leap: so many deviations above the median of the last 100 steps; 0: never
     max_skips: int = 10  # bad steps in a row after which "skip" stops too
 
