@@ -1,8 +1,4 @@
-"""A textbook that is a library: build a large language model piece by piece, then train it.
-
-Modules:
-
-- `minillm.pipeline.steps`: The steps of `minillm clean`: the steps of chapters 02 to 06 are their own settings, and a recipe is a set of them."""
+"""minillm: a textbook that is a library. Each chapter of `chapters/` builds one module of this package; a folder is plumbing."""
 
 from minillm.base.errors import MiniLLMError
 

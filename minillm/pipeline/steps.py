@@ -1,8 +1,7 @@
-"""The steps of `minillm clean`: the steps of chapters 02 to 06 are their own settings, and a recipe is a set of them.
+"""The steps of `minillm clean`: the steps of chapters 02 to 06 are their own settings, and a recipe is a set of them."""
 
-A step of a chapter stands here as it is. Where a name, a word or a file must first become a function, or none, there is a
-`…Choice` in its place: plain settings, and `step()`, which makes the chapter's step. Every default is the chapter's own.
-"""
+# A step of a chapter stands here as it is. Where a name, a word or a file must first become a function, or none, there is a
+# `…Choice` in its place: plain settings, and `step()`, which makes the chapter's step. Every default is the chapter's own.
 
 from __future__ import annotations
 
