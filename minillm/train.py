@@ -86,9 +86,7 @@ class TrainConfig:
     eval_every: int = 0  # steps between two evaluations; 0 means only at the end
     save_every: int = 500  # steps between two checkpoints; 0 means only at the end
     keep: int = 2  # checkpoints kept
-    bad_step: BadStep = (
-        "stop"  # "stop" the run or "skip" the step when loss or gradient is no number, or leaps
-    )
+    bad_step: BadStep = "stop"  # or "skip" the step, when loss or gradient is no number, or leaps
     spike: float = 0.0  # a leap: so many deviations above the median of the last 100 steps; 0: never
     max_skips: int = 10  # bad steps in a row after which "skip" stops too
 
