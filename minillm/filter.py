@@ -5,7 +5,6 @@ __all__ = [
     "STOP_WORDS",
     "STOP_HAN",
     "ENDINGS",
-    "INF",
     "GOPHER_LENGTH",
     "RULES",
     "SHORT_RULES",
@@ -14,7 +13,7 @@ __all__ = [
     "Length",
     "repeated_share",
     "measure",
-    "Rule",
+    "Bound",
     "Heuristics",
     "NGramIdentifier",
     "identify_ngram",
@@ -40,7 +39,7 @@ from .world.tables import read_toml
 # %% ../chapters/03_filter.ipynb #1df90842
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """Drop documents that are shorter or longer than they should be, in units or in any other count. Chapter 02.
+    """Drop documents that are shorter or longer than they should be, in units or in any other count. Chapter 03.
 
     Args:
         min_tokens: the article's "about 100".
@@ -154,8 +153,8 @@ def measure(text: str) -> dict[str, float]:
 
 # %% ../chapters/03_filter.ipynb #1bdfe43a
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One heuristic: a measure, the least and the most it may be, where the rule comes from. Chapter 02."""
+class Bound:
+    """One heuristic: a measure, the least and the most it may be, where the rule comes from. Chapter 03."""
 
     measure: str
     least: float | int
@@ -163,29 +162,28 @@ class Rule:
     source: str
 
 
-INF = math.inf
 _GOPHER, _REPETITION = "Gopher, arXiv:2112.11446, A.1.1", "Gopher, arXiv:2112.11446, table A1"
 _FINEWEB, _C4 = "FineWeb, arXiv:2406.17557, section 3.6", "C4, arXiv:1910.10683, section 2.2"
-GOPHER_LENGTH = Rule("words", 50, 100_000, _GOPHER)
+GOPHER_LENGTH = Bound("words", 50, 100_000, _GOPHER)
 RULES = (
-    Rule("word_length", 3, 10, _GOPHER),
-    Rule("hashes", 0, 0.1, _GOPHER),
-    Rule("ellipses", 0, 0.1, _GOPHER),
-    Rule("bullet_lines", 0, 0.9, _GOPHER),
-    Rule("ellipsis_lines", 0, 0.3, _GOPHER),
-    Rule("wordless", 0, 0.2, _GOPHER),
-    Rule("stop_words", 2, INF, _GOPHER),
-    Rule("repeated_lines", 0, 0.3, _REPETITION),
-    Rule("repeated_paragraphs", 0, 0.3, _REPETITION),
-    Rule("repeated_line_chars", 0, 0.2, _REPETITION),
-    Rule("repeated_line_chars", 0, 0.1, _FINEWEB),
-    *(Rule(f"top_{n}gram", 0, most, _REPETITION) for n, most in ((2, 0.20), (3, 0.18), (4, 0.16))),
-    *(Rule(f"repeated_{n}gram", 0, 0.2 - n / 100, _REPETITION) for n in range(5, 11)),
-    Rule("ended_lines", 0.12, 1, _FINEWEB),
-    Rule("short_lines", 0, 0.67, _FINEWEB),
-    Rule("sentences", 3, INF, _C4),
-    Rule("curly", 0, 0, _C4),
-    Rule("lorem", 0, 0, _C4),
+    Bound("word_length", 3, 10, _GOPHER),
+    Bound("hashes", 0, 0.1, _GOPHER),
+    Bound("ellipses", 0, 0.1, _GOPHER),
+    Bound("bullet_lines", 0, 0.9, _GOPHER),
+    Bound("ellipsis_lines", 0, 0.3, _GOPHER),
+    Bound("wordless", 0, 0.2, _GOPHER),
+    Bound("stop_words", 2, math.inf, _GOPHER),
+    Bound("repeated_lines", 0, 0.3, _REPETITION),
+    Bound("repeated_paragraphs", 0, 0.3, _REPETITION),
+    Bound("repeated_line_chars", 0, 0.2, _REPETITION),
+    Bound("repeated_line_chars", 0, 0.1, _FINEWEB),
+    *(Bound(f"top_{n}gram", 0, most, _REPETITION) for n, most in ((2, 0.20), (3, 0.18), (4, 0.16))),
+    *(Bound(f"repeated_{n}gram", 0, 0.2 - n / 100, _REPETITION) for n in range(5, 11)),
+    Bound("ended_lines", 0.12, 1, _FINEWEB),
+    Bound("short_lines", 0, 0.67, _FINEWEB),
+    Bound("sentences", 3, math.inf, _C4),
+    Bound("curly", 0, 0, _C4),
+    Bound("lorem", 0, 0, _C4),
 )
 # What holds for a text of any length and form: the rules to use where documents are short, or are lists, sums and dialogues.
 SHORT_RULES = tuple(
@@ -196,13 +194,13 @@ SHORT_RULES = tuple(
 # %% ../chapters/03_filter.ipynb #8ebfc354
 @dataclass(frozen=True, kw_only=True)
 class Heuristics:
-    """Drop documents that break one of the rules by which C4, Gopher and FineWeb were filtered. Chapter 02.
+    """Drop documents that break one of the rules by which C4, Gopher and FineWeb were filtered. Chapter 03.
 
     Args:
         rules: the rules in order; the first that breaks is the reason.
     """
 
-    rules: tuple[Rule, ...] = RULES
+    rules: tuple[Bound, ...] = RULES
     name: str = "heuristics"
 
     def __call__(self, document: Document) -> Document | Drop:
@@ -232,7 +230,7 @@ SCRIPTS = {
 
 # %% ../chapters/03_filter.ipynb #cfb4213d
 class NGramIdentifier:
-    """Which language a text is in, by its script and, among Latin letters, by runs of one to four characters. Chapter 02.
+    """Which language a text is in, by its script and, among Latin letters, by runs of one to four characters. Chapter 03.
 
     Naive Bayes: each language gives every run a probability, and the language under which the text is likeliest wins.
 
@@ -308,7 +306,7 @@ def han_variant(text: str) -> str:
 # %% ../chapters/03_filter.ipynb #8761f630
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """Drop what is in no wanted language; note the language, and whether Chinese is simplified or traditional. Chapter 02.
+    """Drop what is in no wanted language; note the language, and whether Chinese is simplified or traditional. Chapter 03.
 
     Args:
         allowed: languages to keep. "und" is a text without letters, such as a sum: no language, no reason to drop it.

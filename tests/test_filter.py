@@ -1,11 +1,14 @@
+import math
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from step_laws import ANY_TEXT, CLEAN, DOCUMENTS, is_a_step, keeps_its_pace, survives, with_defect
 
+from minillm.check import check, laws
 from minillm.corpus import Document, dice, units
-from minillm.extract import Drop
+from minillm.extract import ONLY_SIMPLIFIED, ONLY_TRADITIONAL, Drop
 from minillm.filter import (
     GOPHER_LENGTH,
     RULES,
@@ -18,6 +21,105 @@ from minillm.filter import (
     measure,
     repeated_share,
 )
+
+
+def surely_below(k, n, p):
+    def log_term(i):
+        return (
+            math.lgamma(n + 1)
+            - math.lgamma(i + 1)
+            - math.lgamma(n - i + 1)
+            + i * math.log(p)
+            + (n - i) * math.log(1 - p)
+        )
+
+    return sum(math.exp(log_term(i)) for i in range(k + 1)) < 0.05
+
+
+SOLUTIONS = {
+    "filter.allowed": lambda base, recall, precision: min(
+        1.0, base * recall / (1 - base) * (1 - precision) / precision
+    ),
+    "filter.repeated_share": repeated_share,
+    "filter.surely_below": surely_below,
+    "filter.han_variant": han_variant,
+}
+
+
+@pytest.mark.parametrize(
+    ("exercise", "law"), [(name, law) for name in SOLUTIONS for law in laws(name)], ids=str
+)
+def test_the_package_obeys_its_laws(exercise, law):
+    law(SOLUTIONS[exercise])
+
+
+def share_of_all(text):
+    simple, other = (sum(c in kind for c in text) for kind in (ONLY_SIMPLIFIED, ONLY_TRADITIONAL))
+    if not simple + other:
+        return ""
+    share = other / max(1, len(text))
+    return "simplified" if share < 0.2 else "traditional" if share > 0.8 else "both"
+
+
+def overlapping(words, n, total):
+    runs = Counter(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
+    top, times = max(runs.items(), key=lambda item: item[1], default=("", 0))
+    again = sum((count - 1) * (len(run) - n + 1) for run, count in runs.items())
+    return (len(top) * times / total, again / total) if times > 1 else (0, 0)
+
+
+def ignoring_blanks(words, n, total):
+    return repeated_share(words, n, total, 0)
+
+
+def whole_sum(k, n, p):
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("exercise", "wrong", "law"),
+    [
+        ("allowed", lambda base, recall, precision: 1 - precision, "the chapter's example"),
+        (
+            "allowed",
+            lambda base, recall, precision: base * recall / (1 - base) * (1 - precision),
+            "the chapter's example",
+        ),
+        (
+            "allowed",
+            lambda base, recall, precision: base * recall / (1 - base) * (1 - precision) / precision,
+            "a share is never above 1",
+        ),
+        ("repeated_share", ignoring_blanks, "the chapter's example"),
+        ("repeated_share", overlapping, "repetitions do not overlap"),
+        ("surely_below", lambda k, n, least: k / n < least, "a short text is never accused"),
+        ("surely_below", lambda k, n, least: n > 23 and k / n < least, "it is the sum"),
+        (
+            "surely_below",
+            lambda k, n, least: n > 23 and k < n * least - 1.645 * (n * least * (1 - least)) ** 0.5,
+            "a long one is",
+        ),
+        ("surely_below", whole_sum, "ten thousand lines are no trouble"),
+        (
+            "han_variant",
+            lambda text: "traditional" if set(text) & ONLY_TRADITIONAL else "simplified",
+            "most characters tell nothing",
+        ),
+        (
+            "han_variant",
+            lambda text: (
+                han_variant(text) and ("traditional" if set(text) & ONLY_TRADITIONAL else "simplified")
+            ),
+            "one slip does not decide",
+        ),
+        ("han_variant", share_of_all, "one way of writing"),
+    ],
+)
+def test_check_names_the_broken_law(exercise, wrong, law):
+    report = check(f"filter.{exercise}", wrong, quiet=True)
+    broken = [rule.name for rule, reason in report.reasons.items() if reason is not None]
+    assert broken[0] == law
+
 
 STEPS = [
     Length(min_tokens=5),

@@ -18,7 +18,7 @@ from minillm.corpus import Document
 from minillm.dedup import Decontaminate, ExactDuplicates, NearDuplicates, RepeatedSentences
 from minillm.detect import MachineText
 from minillm.extract import ExtractText, RepairEncoding, extract_density
-from minillm.filter import RULES, SHORT_RULES, Heuristics, Language, Length, Rule, identify_ngram
+from minillm.filter import RULES, SHORT_RULES, Bound, Heuristics, Language, Length, identify_ngram
 from minillm.harm import RedactPII, Span, Toxicity, find_pii
 from minillm.pipeline.sources import read_sources
 from minillm.readers.files import ReadStats
@@ -42,7 +42,7 @@ IDENTIFIERS: dict[str, Callable[[str], tuple[str, float]]] = {
     "py3langid": identify_py3langid,
 }
 FINDERS: dict[str, Callable[[str], list[Span]]] = {"own": find_pii, "presidio": PresidioFinder()}
-BOUNDS: dict[str, tuple[Rule, ...]] = {"web": RULES, "short": SHORT_RULES}
+BOUNDS: dict[str, tuple[Bound, ...]] = {"web": RULES, "short": SHORT_RULES}
 SCORERS: dict[str, Callable[[str], float] | None] = {
     "own": None,  # chapter 05's classifier, trained at first use
     "profanity": profanity_score,
@@ -120,7 +120,7 @@ class HeuristicsChoice:
         return Heuristics(rules=rules)
 
 
-def _bound(limit: str) -> Rule:
+def _bound(limit: str) -> Bound:
     """A rule from words such as `sentences=1..7`."""
     measure, _, bounds = limit.partition("=")
     least, dots, most = bounds.partition("..")
