@@ -62,10 +62,11 @@ def share_of_all(text):
 
 
 def overlapping(words, n, total):
-    runs = Counter(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
-    top, times = max(runs.items(), key=lambda item: item[1], default=("", 0))
-    again = sum((count - 1) * (len(run) - n + 1) for run, count in runs.items())
-    return (len(top) * times / total, again / total) if times > 1 else (0, 0)
+    runs, seen, again = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)], set(), 0
+    for run in runs:
+        again += (run in seen) * n
+        seen.add(run)
+    return repeated_share(words, n, total)[0], again / total
 
 
 def ignoring_blanks(words, n, total):
@@ -91,7 +92,7 @@ def whole_sum(k, n, p):
             "a share is never above 1",
         ),
         ("repeated_share", ignoring_blanks, "the chapter's example"),
-        ("repeated_share", overlapping, "repetitions do not overlap"),
+        ("repeated_share", overlapping, "the chapter's example"),
         ("surely_below", lambda k, n, least: k / n < least, "a short text is never accused"),
         ("surely_below", lambda k, n, least: n > 23 and k / n < least, "it is the sum"),
         (
