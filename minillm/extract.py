@@ -137,7 +137,7 @@ def token_f1(found: str, truth: str) -> float:
 # %% ../chapters/02_extract.ipynb #21ec6919
 def _cells(codec: str, rows: range, columns: Sequence[int]) -> set[str]:
     pairs = (bytes((row, column)).decode(codec, "ignore") for row in rows for column in columns)
-    return {character for character in pairs if len(character) == 1 and not character.isascii()}
+    return {character for character in pairs if len(character) == 1}
 
 
 # Two standards with a first level of common characters, a second of rarer ones; Python's codecs carry them: no table needed.

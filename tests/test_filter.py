@@ -1,6 +1,5 @@
 import math
 import re
-from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -98,7 +97,7 @@ def whole_sum(k, n, p):
         (
             "surely_below",
             lambda k, n, least: n > 23 and k < n * least - 1.645 * (n * least * (1 - least)) ** 0.5,
-            "a long one is",
+            "it is the sum",
         ),
         ("surely_below", whole_sum, "ten thousand lines are no trouble"),
         (

@@ -128,7 +128,7 @@ def _(f):
 
 @law("filter.han_variant", "most characters tell nothing", hint="山 and 水 are written alike in both")
 def _(f):
-    for text in ("山上有水", "", "hello", "12 + 30"):
+    for text in ("山上有水", "", "12 + 30"):
         _variant(f, text, "")
 
 
