@@ -53,7 +53,7 @@ def identify_py3langid(text: str) -> tuple[str, float]:
 
 
 class HuggingFaceScorer:
-    """Log-probabilities and ranks from a causal language model of transformers, to plug in where `NGramLM` stands. Chapter 02.
+    """Log-probabilities and ranks from a causal language model of transformers, to plug in where `NGramLM` stands. Chapter 04.
 
     Args:
         model: a loaded causal language model, such as GPT-2 or one of ours in that format.
@@ -81,7 +81,7 @@ class HuggingFaceScorer:
 
 
 class HuggingFaceDetector:
-    """Any sequence classifier of transformers as a detector: text to the probability of one of its labels. Chapter 02.
+    """Any sequence classifier of transformers as a detector: text to the probability of one of its labels. Chapter 04.
 
     Args:
         model: a loaded model for sequence classification.
