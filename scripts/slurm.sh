@@ -14,6 +14,7 @@
 # Two minutes before the time is up Slurm sends SIGTERM: the step in progress is finished and saved, and the same
 # command goes on from there. Use the `torchrun` of the environment that is active when you submit.
 set -euo pipefail
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=${HOSTS%%$'\n'*} # the first line; a pipe into head would end scontrol by a signal now and then
 export HEAD NODES="$SLURM_JOB_NUM_NODES" GPUS="${SLURM_GPUS_ON_NODE:-auto}" PORT=$((20000 + SLURM_JOB_ID % 10000)) JOB="$SLURM_JOB_ID"
 exec srun --kill-on-bad-exit=1 "${SLURM_SUBMIT_DIR:-.}/scripts/torchrun.sh" "$@"
