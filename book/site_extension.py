@@ -591,8 +591,10 @@ def plain_line(line: str) -> str:
             )
             part = re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part)
             parts[at] = ARXIV.sub(r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", part)
-        elif not part.startswith("``") and not re.fullmatch(r"`[\w.]+`", part):
-            parts[at] = f"`{part}`"  # code, and not the name of something that could be linked
+        elif not part.startswith("``") and not re.fullmatch(r"`\w[\w.]*`", part):
+            parts[at] = (
+                f"`{part}`"  # code (`.model` is a file), and not the name of something that could be linked
+            )
     return "".join(parts)
 
 
