@@ -175,8 +175,7 @@ def _(f):
 
 
 def _read_plot(table: str) -> tuple[Any, list[tuple[str, int, str, int]]]:
-    from minillm import corpus
-    from minillm.world import reading, stories
+    from minillm.world import stories
 
     plot = stories.parse_plot(table)
     return plot, [
@@ -210,8 +209,7 @@ def _(table):
     "corpus.plot", "each language names every role", hint="a role that no sentence names cannot be read back"
 )
 def _(table):
-    from minillm import corpus
-    from minillm.world import reading, stories
+    from minillm.world import reading
 
     plot, _ = _read_plot(table)
     for lang in ("en", "zh"):

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from minillm.attention import Attention, KVCache
 from minillm.base.machine import fast_bfloat16, mkl_idles
-from minillm.generate import Session
 from minillm.mlp import SwiGLU
 from minillm.norm import RMSNorm
 from minillm.position import ALiBi, Position, RoPE
